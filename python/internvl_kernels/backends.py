@@ -1,0 +1,119 @@
+"""One table of backends. Each says why it cannot run; an explicit request never falls back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import env, reference, registration
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row: ``build()`` = why this installation cannot run it at all, ``call()`` = why not for these inputs."""
+
+    name: str
+    where: str
+    build: Callable[[], list[str]]
+    call: Callable[[str, torch.dtype], list[str]]
+    ops: dict[str, Callable]
+
+    def here(self) -> list[str]:
+        """Reasons that hold on this machine whatever the inputs are; empty when it can run."""
+        return self.build()
+
+    def reasons(self, tensor: Tensor) -> list[str]:
+        """Why this backend cannot take ``tensor`` (q or qkv); empty when it can."""
+        return self.build() + self.call(tensor.device.type, tensor.dtype)
+
+
+def _library() -> list[str]:
+    return [registration.LIBRARY_ERROR] if registration.LIBRARY_ERROR else []
+
+
+def _cuda() -> list[str]:
+    reasons = _library()
+    if not registration.build_info().get("cuda"):
+        reasons.append("this build holds no CUDA kernels")
+    if not torch.cuda.is_available():
+        reasons.append("no CUDA device")
+    return reasons
+
+
+def _triton() -> list[str]:
+    reasons = ["this version ships no Triton kernels"]
+    if not torch.cuda.is_available():
+        reasons.append("no CUDA device")
+    return reasons
+
+
+def _on(device: str) -> Callable[[str, torch.dtype], list[str]]:
+    def check(device_type: str, dtype: torch.dtype) -> list[str]:
+        reasons = [] if device_type == device else [f"tensors are on {device_type}; this backend needs {device}"]
+        if dtype not in DTYPES:
+            reasons.append(f"dtype {dtype}; this backend takes {', '.join(map(str, DTYPES))}")
+        return reasons
+
+    return check
+
+
+def _any_float(_: str, dtype: torch.dtype) -> list[str]:
+    return [] if dtype.is_floating_point else [f"dtype {dtype}; this backend takes floating-point dtypes"]
+
+
+_OPERATORS = {"prefix_attn": registration.prefix_attn, "clip_qk_layernorm": registration.clip_qk_layernorm}
+
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("cuda", "compute capability >= 8.0", _cuda, _on("cuda"), _OPERATORS),
+        Backend("triton", "GPUs that Triton supports", _triton, _on("cuda"), {}),
+        Backend("cpu", "any processor", _library, _on("cpu"), _OPERATORS),
+        Backend(
+            "reference",
+            "any device, when asked for",
+            lambda: [],
+            _any_float,
+            {"prefix_attn": reference.prefix_attn, "clip_qk_layernorm": reference.clip_qk_layernorm},
+        ),
+    )
+}
+
+
+def select(op: str, tensor: Tensor, requested: str | None = None) -> Callable:
+    """The implementation of ``op`` for ``tensor``; ``requested`` or ``INTERNVL_BACKEND`` is binding.
+
+    Raises: ValueError (unknown name); NotImplementedError (it cannot run; every reason is listed).
+    """
+    return _select(op, tensor.device.type, tensor.dtype, requested or env.default_backend())
+
+
+@functools.cache
+def _select(op: str, device: str, dtype: torch.dtype, requested: str | None) -> Callable:
+    if requested is not None:
+        if requested not in BACKENDS:
+            raise ValueError(f"backend is {requested!r}; allowed: {', '.join(map(repr, BACKENDS))}")
+        backend = BACKENDS[requested]
+        reasons = backend.build() + backend.call(device, dtype)
+        if reasons:
+            raise NotImplementedError(f"{op}: backend {requested!r} cannot run: {'; '.join(reasons)}")
+        return backend.ops[op]
+    refusals = []
+    for backend in BACKENDS.values():
+        if backend.name == "reference":  # dense memory: only on request
+            continue
+        reasons = backend.build() + backend.call(device, dtype)
+        if not reasons:
+            return backend.ops[op]
+        refusals.append(f"{backend.name}: {'; '.join(reasons)}")
+    raise NotImplementedError(
+        f"{op}: no backend can run on {device} with {dtype}\n  "
+        + "\n  ".join(refusals)
+        + "\nbackend='reference' runs anywhere in dense memory"
+    )
