@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import env, reference, registration
+from . import reference, registration
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,7 +91,11 @@ def select(op: str, tensor: Tensor, requested: str | None = None) -> Callable:
 
     Raises: ValueError (unknown name); NotImplementedError (it cannot run; every reason is listed).
     """
-    return _select(op, tensor.device.type, tensor.dtype, requested or env.default_backend())
+    if requested is None:
+        from . import env  # here, so that `python -m internvl_kernels.env` is not imported before it runs
+
+        requested = env.default_backend()
+    return _select(op, tensor.device.type, tensor.dtype, requested)
 
 
 @functools.cache
