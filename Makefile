@@ -1,0 +1,78 @@
+# The verbs of this tree; `make help` lists them.
+# They work in the active virtual environment (VIRTUAL_ENV), else in .venv, which the first verb creates.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build test demo bench lint clean FORCE
+
+PYTHON ?= python3
+VENV   ?= $(or $(VIRTUAL_ENV),.venv)
+ENV    := $(abspath $(VENV))
+PY     := $(ENV)/bin/python
+
+export PATH := $(ENV)/bin:$(PATH)
+# First on the path, so that the verbs use this tree also where an installed copy exists.
+export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+help:
+	@echo "internvl-kernels: prefix-masked, ALiBi-biased attention for PyTorch"
+	@echo
+	@echo "  make demo     train a small model to read handwritten numbers, then let it read (about 4 minutes)"
+	@echo "  make test     build, then run the tests           (make test ARGS='-k layernorm -x')"
+	@echo "  make build    compile the extension in place; does nothing when nothing changed"
+	@echo "  make bench    build, then run the benchmarks      (make bench ARGS='-k forward')"
+	@echo "  make lint     formatting and code rules"
+	@echo "  make clean    remove everything that was built"
+	@echo
+	@echo "environment     $(ENV)$(if $(VIRTUAL_ENV), (active), (created when missing))"
+	@echo "settings        PYTHON=python3.12   the interpreter a new .venv is made with"
+	@echo "                INTERNVL_CUDA=0     leave the CUDA kernels out (1: fail when nvcc is missing)"
+	@echo "                CMAKE_ARGS=...      passed on to CMake; CMAKE_BUILD_PARALLEL_LEVEL=N limits the compilers"
+
+test: build $(ENV)/.internvl-kernels/test
+	@$(PY) -m pytest $(ARGS)
+
+demo: build $(ENV)/.internvl-kernels/demo
+	@$(PY) examples/read_digits.py $(ARGS)
+
+bench: build $(ENV)/.internvl-kernels/bench
+	@$(PY) -m pytest --benchmark-only bench $(ARGS)
+
+lint: $(ENV)/.internvl-kernels/lint
+	@.ci/lint
+
+clean:
+	rm -rf build dist python/*.egg-info python/internvl_kernels/*.so $(ENV)/.internvl-kernels
+	find python triton_kernels tests bench examples -name __pycache__ -prune -exec rm -rf {} +
+
+# ---- the environment: one stamp per group of requirements, kept in the environment itself ----
+
+$(PY):
+	@test "$(ENV)" != "$(VIRTUAL_ENV)" || { echo "VIRTUAL_ENV names $(ENV); no bin/python is there" >&2; exit 1; }
+	@echo "creating $(ENV)"
+	@$(PYTHON) .ci/environment.py create $(ENV)
+
+$(ENV)/.internvl-kernels/build: GROUPS = build run
+$(ENV)/.internvl-kernels/%: GROUPS = $*
+$(ENV)/.internvl-kernels/%: pyproject.toml constraints.txt .ci/environment.py | $(PY)
+	@$(PY) .ci/environment.py install $(GROUPS)
+	@mkdir -p $(@D) && touch $@
+
+# ---- the extension: CMake configures once per change of settings, Ninja knows the rest ----
+
+CMAKE_FLAGS := -DPython_EXECUTABLE=$(PY) $(if $(INTERNVL_CUDA),-DINTERNVL_CUDA=$(INTERNVL_CUDA)) \
+               $(if $(INTERNVL_HEAD_DIMS),'-DINTERNVL_HEAD_DIMS=$(INTERNVL_HEAD_DIMS)') $(CMAKE_ARGS)
+
+build: build/make/build.ninja
+	@cmake --build build/make
+	@test "$$(cat $(ENV)/.internvl-kernels/tree 2>/dev/null)" = "$(CURDIR)" || \
+	  { $(PY) .ci/environment.py link && echo "$(CURDIR)" > $(ENV)/.internvl-kernels/tree; }
+
+build/make/build.ninja: build/make/settings $(wildcard $(ENV)/pyvenv.cfg) | $(ENV)/.internvl-kernels/build
+	@cmake --fresh -S . -B build/make -G Ninja $(CMAKE_FLAGS)
+	@touch $@
+
+# Rewritten only when it would change.
+build/make/settings: FORCE
+	@mkdir -p $(@D)
+	@printf '%s\n' "$(CMAKE_FLAGS) $(CXX) $(CXXFLAGS)" | cmp -s - $@ || printf '%s\n' "$(CMAKE_FLAGS) $(CXX) $(CXXFLAGS)" > $@
