@@ -42,8 +42,12 @@ def cpu_info() -> dict:
     """Compiled ISAs, those this processor runs, and the one in use; empty when nothing is built."""
     if LIBRARY_ERROR:
         return {}
-    info = dict(importlib.import_module("internvl_kernels._C").cpu_info())
-    return {**info, "isa": torch.ops.internvl.cpu_isa()}
+    rows = importlib.import_module("internvl_kernels._C").cpu_isas()
+    return {
+        "isa": rows[torch.ops.internvl.cpu_isa()]["name"],
+        "compiled": [row["name"] for row in rows if row["compiled"]],
+        "supported": [row["name"] for row in rows if row["compiled"] and row["supported"]],
+    }
 
 
 def _fake_prefix_attn(

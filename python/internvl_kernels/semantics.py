@@ -64,24 +64,73 @@ def alibi_bias(slope, p, j):
     return -slope * abs(p - j)
 
 
+def causal_reaches(p_lo, p_hi, j_lo, j_hi, window):
+    """Some position in [p_lo, p_hi] sees some of the causal keys [j_lo, j_hi). Python integers."""
+    return j_lo <= p_hi and (window == 0 or p_lo - (j_hi - 1) < window)
+
+
+def causal_covers(p_lo, p_hi, j_lo, j_hi, window):
+    """Every position in [p_lo, p_hi] sees every one of the causal keys [j_lo, j_hi). Python integers."""
+    return j_hi - 1 <= p_lo and (window == 0 or p_hi - j_lo < window)
+
+
+def visible_key_end(p_hi, prefix_len, end):
+    """One past the last key that a query at or below position ``p_hi`` can see (compact form)."""
+    return min(end, max(prefix_len, p_hi + 1))
+
+
+def causal_key_begin(p_lo, window):
+    """The first key that some query at or above position ``p_lo`` can see causally."""
+    return 0 if window == 0 else max(0, p_lo - window + 1)
+
+
 def classify_tile(p_lo, p_hi, j_lo, j_hi, prefix_len, start, end, window):
     """Class of the tile of query positions ``[p_lo, p_hi]`` (all of them) and keys ``[j_lo, j_hi)``.
 
-    Exact for the compact form without segments. Python integers only; both sides are non-empty.
+    Exact for the compact form without segments. Python integers; both sides are non-empty.
     """
     a, b = max(j_lo, start), min(j_hi, end)
     if a >= b:
         return TILE_EMPTY
-    reaches_back = window == 0 or p_lo - (b - 1) < window
-    if not bidirectional_in_prefix(a, prefix_len) and not (a <= p_hi and reaches_back):
+    if not bidirectional_in_prefix(a, prefix_len) and not causal_reaches(p_lo, p_hi, a, b, window):
         return TILE_EMPTY
     if a > j_lo or b < j_hi:
         return TILE_PARTIAL
     if bidirectional_in_prefix(j_hi - 1, prefix_len):
         return TILE_FULL
-    first_causal = max(j_lo, prefix_len)
-    covers_back = window == 0 or p_hi - first_causal < window
-    return TILE_FULL if j_hi - 1 <= p_lo and covers_back else TILE_PARTIAL
+    return TILE_FULL if causal_covers(p_lo, p_hi, max(j_lo, prefix_len), j_hi, window) else TILE_PARTIAL
+
+
+def classify_tile_flags(
+    p_lo, p_hi, j_lo, j_hi, any_valid, all_valid, any_bidirectional, all_bidirectional, window
+):
+    """Class under key flags, from what the tile's flags look like as a whole; conservative.
+
+    ``any``/``all`` of bidirectional are over the valid keys of the tile.
+    """
+    if not any_valid:
+        return TILE_EMPTY
+    if not any_bidirectional and not causal_reaches(p_lo, p_hi, j_lo, j_hi, window):
+        return TILE_EMPTY
+    if not all_valid:
+        return TILE_PARTIAL
+    if all_bidirectional or causal_covers(p_lo, p_hi, j_lo, j_hi, window):
+        return TILE_FULL
+    return TILE_PARTIAL
+
+
+def classify_tile_segments(q_lo, q_hi, k_lo, k_hi):
+    """Class under segments: queries hold ids in [q_lo, q_hi], keys in [k_lo, k_hi]; conservative."""
+    if q_hi < k_lo or k_hi < q_lo:
+        return TILE_EMPTY
+    return TILE_FULL if q_lo == q_hi and k_lo == k_hi else TILE_PARTIAL
+
+
+def combine_classes(a, b):
+    """Class of a tile under two rules at once."""
+    if TILE_EMPTY in (a, b):
+        return TILE_EMPTY
+    return TILE_FULL if a == b == TILE_FULL else TILE_PARTIAL
 
 
 def visible_mask(

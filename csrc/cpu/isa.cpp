@@ -1,0 +1,54 @@
+#include "cpu/isa.h"
+
+#include <cstring>
+
+namespace internvl::cpu {
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#else
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+#endif
+
+#if defined(INTERNVL_ISA_AVX2)
+constexpr bool kAvx2Compiled = true;
+#else
+constexpr bool kAvx2Compiled = false;
+#endif
+
+#if defined(INTERNVL_ISA_AVX512)
+constexpr bool kAvx512Compiled = true;
+#else
+constexpr bool kAvx512Compiled = false;
+#endif
+
+bool runs(const IsaRow& row) { return row.compiled && row.supported(); }
+
+}  // namespace
+
+const IsaRow kIsaTable[kIsaRows] = {
+    {Isa::kBaseline, "baseline", "any processor", 4, true, always},
+    {Isa::kAvx2, "avx2", "AVX2, FMA, F16C", 8, kAvx2Compiled, has_avx2},
+    {Isa::kAvx512, "avx512", "AVX-512 F, BW, VL, DQ", 16, kAvx512Compiled, has_avx512},
+};
+
+const IsaRow* choose_isa(const char* wanted) {
+  const IsaRow* best = nullptr;
+  const bool any = wanted == nullptr || *wanted == '\0';
+  for (const IsaRow& row : kIsaTable)
+    if (runs(row) && (any || std::strcmp(wanted, row.name) == 0)) best = &row;
+  return best;
+}
+
+}  // namespace internvl::cpu

@@ -1,0 +1,346 @@
+// CPU registration of prefix_attn: check, cut the call into tasks, run them on the ISA's kernels.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace internvl::cpu {
+
+const IsaRow& chosen_row() {
+  static const IsaRow* row = choose_isa(std::getenv("INTERNVL_CPU_ISA"));
+  if (!row) {
+    std::string message = "INTERNVL_CPU_ISA is '" + std::string(std::getenv("INTERNVL_CPU_ISA")) + "'; this processor "
+                          "and build allow:";
+    for (const IsaRow& other : kIsaTable)
+      if (other.compiled && other.supported()) message += std::string(" ") + other.name;
+    throw std::invalid_argument(message);
+  }
+  return *row;
+}
+
+const Kernels& kernels() {
+  switch (chosen_row().isa) {
+#if defined(INTERNVL_ISA_AVX2)
+    case Isa::kAvx2: return kAvx2Kernels;
+#endif
+#if defined(INTERNVL_ISA_AVX512)
+    case Isa::kAvx512: return kAvx512Kernels;
+#endif
+    default: return kBaselineKernels;
+  }
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+// --- keys -----------------------------------------------------------------------------------------------------
+
+// Which keys some query of batch row b sees. Invisible slots may hold anything; packing turns them into zeros.
+void mark_used_keys(const KeyMask& mask, int64_t seqlen_q, uint8_t* used) {
+  const int64_t p_lo = mask.first_position, p_hi = p_lo + seqlen_q - 1;
+  const int64_t seqlen_k = mask.seqlen_k;
+  std::fill(used, used + seqlen_k, uint8_t{0});
+  if (seqlen_q == 0) return;
+  const int64_t causal_begin = causal_key_begin(p_lo, mask.window);
+  if (!mask.flags) {
+    const auto mark = [&](int64_t begin, int64_t end) {
+      begin = larger(begin, mask.start);
+      end = smaller(end, mask.end);
+      if (begin < end) std::fill(used + begin, used + end, uint8_t{1});
+    };
+    mark(0, mask.prefix_len);
+    mark(causal_begin, visible_key_end(p_hi, 0, seqlen_k));
+  } else {
+    for (int64_t j = 0; j < seqlen_k; ++j) {
+      const int flags = mask.flags[j];
+      used[j] = flag_valid(flags) && (flag_bidirectional(flags) || causal_reaches(p_lo, p_hi, j, j + 1, mask.window));
+    }
+  }
+  if (!mask.segments) return;
+  const QuerySegments own = query_segments(mask, p_lo, p_hi);
+  for (int64_t j = 0; j < seqlen_k; ++j) {
+    if (!used[j]) continue;
+    const int32_t segment = mask.segments[j];
+    bool found = false;
+    if (own.any_inside && own.lo <= segment && segment <= own.hi) {
+      const int flags = mask.flags ? mask.flags[j] : 0;
+      const bool open = mask.flags ? flag_bidirectional(flags) : bidirectional_in_prefix(j, mask.prefix_len);
+      const int64_t last = smaller(p_hi, seqlen_k - 1);
+      for (int64_t p = larger(0, p_lo); p <= last && !found; ++p)
+        found = mask.segments[p] == segment && (open || causal(p, j, mask.window));
+    }
+    used[j] = found;
+  }
+}
+
+KeyTileSummary summarize(const KeyMask& mask, int64_t j_lo, int64_t j_hi) {
+  KeyTileSummary summary;
+  const int64_t end = smaller(j_hi, mask.seqlen_k);
+  if (mask.flags) {
+    bool any_valid = false, all_valid = j_hi <= mask.seqlen_k, any_open = false, all_open = true;
+    for (int64_t j = j_lo; j < end; ++j) {
+      const int flags = mask.flags[j];
+      if (flag_valid(flags)) {
+        any_valid = true;
+        any_open |= flag_bidirectional(flags);
+        all_open &= flag_bidirectional(flags);
+      } else {
+        all_valid = false;
+      }
+    }
+    summary.any_valid = any_valid;
+    summary.all_valid = all_valid;
+    summary.any_bidirectional = any_open;
+    summary.all_bidirectional = any_valid && all_open;
+  }
+  if (mask.segments) {
+    const auto [lo, hi] = std::minmax_element(mask.segments + j_lo, mask.segments + end);
+    summary.segment_lo = *lo;
+    summary.segment_hi = *hi;
+  }
+  return summary;
+}
+
+// Owns what KeyTiles points to.
+struct KeyTileData {
+  std::vector<uint8_t> used;
+  std::vector<KeyTileSummary> summaries;
+
+  KeyTiles build(const PrefixAttnParams& params, int64_t block_n) {
+    KeyTiles tiles;
+    tiles.block_n = block_n;
+    tiles.count = ceil_div(params.seqlen_k, block_n);
+    used.resize(params.batch * params.seqlen_k);
+    const bool summarized = params.key_flags || params.segment_ids;
+    if (summarized) summaries.resize(params.batch * tiles.count);
+    for (int64_t b = 0; b < params.batch; ++b) {
+      const KeyMask mask = key_mask(params, b);
+      mark_used_keys(mask, params.seqlen_q, used.data() + b * params.seqlen_k);
+      for (int64_t tile = 0; summarized && tile < tiles.count; ++tile)
+        summaries[b * tiles.count + tile] = summarize(mask, tile * block_n, (tile + 1) * block_n);
+    }
+    tiles.used = used.data();
+    tiles.summaries = summarized ? summaries.data() : nullptr;
+    return tiles;
+  }
+};
+
+// --- forward --------------------------------------------------------------------------------------------------
+
+constexpr int64_t kBlockN = 128;        // keys per tile: K, V and the score tile stay in the second-level cache
+constexpr int64_t kBlockM = 48;         // rows per tile: a multiple of every ISA's micro-kernel rows
+constexpr int64_t kEnoughTasks = 16;    // split the keys of a call with fewer row tiles than this
+constexpr int64_t kMinTilesPerSplit = 4;
+
+std::vector<RowTask> cut_rows(const FwdPlan& plan) {
+  const PrefixAttnParams& params = plan.params;
+  const int64_t group = params.group();
+  const int64_t heads_per_tile =
+      params.seqlen_q < plan.block_m ? std::min(group, plan.block_m / std::max<int64_t>(params.seqlen_q, 1)) : 1;
+  std::vector<RowTask> tasks;
+  for (int64_t b = 0; b < params.batch; ++b) {
+    const KeyMask mask = key_mask(params, b);
+    for (int64_t head_kv = 0; head_kv < params.heads_kv; ++head_kv)
+      for (int64_t head0 = 0; head0 < group; head0 += heads_per_tile)
+        for (int64_t row0 = 0; row0 < params.seqlen_q; row0 += plan.block_m) {
+          RowTask task{};
+          task.b = b;
+          task.head_kv = head_kv;
+          task.head0 = head0;
+          task.heads = std::min(heads_per_tile, group - head0);
+          task.row0 = row0;
+          task.rows = std::min(plan.block_m, params.seqlen_q - row0);
+          const int64_t p_hi = query_position(mask.first_position, row0 + task.rows - 1);
+          const int64_t end = mask.flags ? mask.seqlen_k : visible_key_end(p_hi, mask.prefix_len, mask.end);
+          task.cost = task.heads * task.rows * std::max<int64_t>(end - mask.start, 0);
+          task.tile_begin = 0;
+          task.tile_end = plan.keys.count;
+          tasks.push_back(task);
+        }
+  }
+  return tasks;
+}
+
+// Every task becomes plan.splits consecutive ones over runs of key tiles, each with its own partial result.
+std::vector<RowTask> split_keys(const FwdPlan& plan, const std::vector<RowTask>& whole, float* partial) {
+  std::vector<RowTask> tasks;
+  tasks.reserve(whole.size() * plan.splits);
+  for (const RowTask& task : whole)
+    for (int64_t split = 0; split < plan.splits; ++split) {
+      RowTask part = task;
+      part.tile_begin = plan.keys.count * split / plan.splits;
+      part.tile_end = plan.keys.count * (split + 1) / plan.splits;
+      part.partial = partial;
+      partial += plan.partial_floats();
+      tasks.push_back(part);
+    }
+  return tasks;
+}
+
+void run_forward(const Tensor& q, const PrefixAttnParams& params) {
+  const Kernels& isa = kernels();
+  const int dtype = static_cast<int>(params.dtype);
+  FwdPlan plan;
+  plan.params = params;
+  plan.block_m = std::min(kBlockM, params.group() * params.seqlen_q);
+  plan.padded_dim = round_up(params.head_dim, isa.lanes);
+  KeyTileData key_data;
+  plan.keys = key_data.build(params, std::min(kBlockN, round_up(std::max<int64_t>(params.seqlen_k, 1), isa.panel)));
+  std::vector<RowTask> tasks = cut_rows(plan);
+  if (tasks.empty()) return;
+  double cost = 0.0;
+  for (const RowTask& task : tasks) cost += static_cast<double>(task.cost);
+  const double flops = 4.0 * cost * static_cast<double>(params.head_dim);
+
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  if (count < kEnoughTasks)
+    plan.splits = std::max<int64_t>(1, std::min(ceil_div(kEnoughTasks, count), plan.keys.count / kMinTilesPerSplit));
+  Tensor partial, packed;
+  if (plan.splits > 1) {
+    partial = torch::stable::new_empty(q, {count * plan.splits * plan.partial_floats()}, ScalarType::Float);
+    tasks = split_keys(plan, tasks, static_cast<float*>(partial.mutable_data_ptr()));
+  } else {
+    std::stable_sort(tasks.begin(), tasks.end(), [](const RowTask& a, const RowTask& b) { return a.cost > b.cost; });
+  }
+
+  // A KV head read by one or two row tiles is packed by them; otherwise once, for all of them.
+  const int64_t kv_heads = params.batch * params.heads_kv;
+  if (count > 2 * kv_heads) {
+    const int64_t tiles = kv_heads * plan.keys.count;
+    packed = torch::stable::new_empty(q, {tiles * (plan.k_tile_floats() + plan.v_tile_floats())}, ScalarType::Float);
+    plan.packed_k = static_cast<float*>(packed.mutable_data_ptr());
+    plan.packed_v = plan.packed_k + tiles * plan.k_tile_floats();
+    run_tasks(tiles, 0, flops, [&](int64_t index, float*) {
+      const int64_t head = index / plan.keys.count;
+      isa.pack_kv_tile[dtype](plan, head / params.heads_kv, head % params.heads_kv, index % plan.keys.count,
+                              plan.packed_k + index * plan.k_tile_floats(),
+                              plan.packed_v + index * plan.v_tile_floats());
+    });
+  }
+  run_tasks(static_cast<int64_t>(tasks.size()), plan.scratch_floats(), flops,
+            [&](int64_t index, float* scratch) { isa.fwd_row_tile[dtype](plan, tasks[index], scratch); });
+  if (plan.splits > 1)
+    run_tasks(count, plan.padded_dim, flops / 64, [&](int64_t index, float* scratch) {
+      isa.merge_splits[dtype](plan, tasks[index * plan.splits], scratch);
+    });
+}
+
+std::tuple<Tensor, Tensor> prefix_attn(Tensor q, Tensor k, Tensor v, OptionalTensor prefix_len,
+                                       OptionalTensor key_range, OptionalTensor query_start, OptionalTensor key_flags,
+                                       OptionalTensor segment_ids, OptionalTensor alibi_slopes,
+                                       std::optional<double> softmax_scale, int64_t window) {
+  PrefixAttnTensors tensors{q, k, v, prefix_len, key_range, query_start, key_flags, segment_ids, alibi_slopes};
+  PrefixAttnParams params = check_prefix_attn(tensors, softmax_scale, window);
+  check_key_range_values(params);
+  Tensor out = torch::stable::new_empty(q, {params.batch, params.seqlen_q, params.heads_q, params.head_dim});
+  Tensor lse = torch::stable::new_empty(q, {params.batch, params.heads_q, params.seqlen_q}, ScalarType::Float);
+  params.out = view_of(out);
+  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  run_forward(q, params);
+  return {out, lse};
+}
+
+// --- backward -------------------------------------------------------------------------------------------------
+
+constexpr int64_t kBwdBlockM = 64;
+constexpr int64_t kBwdBlockN = 96;      // halved above head_dim 128, so that a tile pair stays in the second-level cache
+constexpr int64_t kEnoughUnits = 8;     // cut the keys of a call with fewer KV heads than this into chunks
+
+void run_backward(const Tensor& q, const PrefixAttnParams& params, const PrefixAttnGrads& grads) {
+  const Kernels& isa = kernels();
+  const int dtype = static_cast<int>(params.dtype);
+  BwdPlan plan;
+  plan.params = params;
+  plan.grads = grads;
+  plan.padded_dim = round_up(params.head_dim, isa.lanes);
+  plan.block_m = std::min(kBwdBlockM, round_up(std::max<int64_t>(params.seqlen_q, 1), isa.panel));
+  plan.padded_rows = round_up(params.seqlen_q, plan.block_m);
+  KeyTileData key_data;
+  const int64_t block_n = params.head_dim <= 128 ? kBwdBlockN : kBwdBlockN / 2;
+  plan.keys = key_data.build(params, std::min(block_n, round_up(std::max<int64_t>(params.seqlen_k, 1), 8)));
+  const int64_t kv_heads = params.batch * params.heads_kv;
+  if (kv_heads == 0) return;
+  plan.chunks = std::max<int64_t>(1, std::min(ceil_div(kEnoughUnits, kv_heads), plan.keys.count));
+  const double flops = 10.0 * static_cast<double>(params.batch * params.heads_q) * params.seqlen_q * params.seqlen_k *
+                       params.head_dim;
+  Tensor dq_parts = torch::stable::new_empty(q, {plan.chunks * plan.dq_part_floats()}, ScalarType::Float);
+  plan.dq_parts = static_cast<float*>(dq_parts.mutable_data_ptr());
+  std::vector<double> dslope_parts(grads.dalibi_slopes ? plan.chunks * params.batch * params.heads_q : 0);
+  plan.dslope_parts = grads.dalibi_slopes ? dslope_parts.data() : nullptr;
+
+  // The last chunks of a causal mask hold as much work as the first: tiles are dealt out in turn.
+  run_tasks(kv_heads * plan.chunks, plan.scratch_floats(), flops, [&](int64_t index, float* scratch) {
+    const int64_t head = index / plan.chunks;
+    isa.bwd_unit[dtype](plan, {head / params.heads_kv, head % params.heads_kv, index % plan.chunks}, scratch);
+  });
+  const int64_t row_tiles = ceil_div(params.seqlen_q, plan.block_m);
+  run_tasks(params.batch * params.heads_q * row_tiles, 0, flops / 64, [&](int64_t index, float*) {
+    const int64_t head = index / row_tiles, row0 = index % row_tiles * plan.block_m;
+    isa.reduce_dq[dtype](plan, head / params.heads_q, head % params.heads_q, row0,
+                         std::min(plan.block_m, params.seqlen_q - row0));
+  });
+  if (grads.dalibi_slopes)
+    for (int64_t head = 0; head < params.heads_q; ++head) {
+      double sum = 0.0;
+      for (int64_t part = 0; part < plan.chunks * params.batch; ++part)
+        sum += dslope_parts[part * params.heads_q + head];
+      grads.dalibi_slopes[head] = static_cast<float>(sum);
+    }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_attn_backward(
+    Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    OptionalTensor prefix_len, OptionalTensor key_range, OptionalTensor query_start, OptionalTensor key_flags,
+    OptionalTensor segment_ids, OptionalTensor alibi_slopes, std::optional<double> softmax_scale, int64_t window) {
+  constexpr const char* kOp = "prefix_attn_backward";
+  PrefixAttnTensors tensors{q, k, v, prefix_len, key_range, query_start, key_flags, segment_ids, alibi_slopes};
+  PrefixAttnParams params = check_prefix_attn(tensors, softmax_scale, window);
+  check_key_range_values(params);
+  PrefixAttnGrads grads;
+  grads.grad_out = check_like(kOp, "grad_out", grad_out, q);
+  params.out = check_like(kOp, "out", out, q);
+  lse = check_lse(kOp, "lse", lse, q);
+  params.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
+  if (grad_lse) {
+    grad_lse = check_lse(kOp, "grad_lse", *grad_lse, q);
+    grads.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
+  }
+  const auto like = [](const Tensor& t) {
+    return torch::stable::new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
+  };
+  Tensor dq = like(q), dk = like(k), dv = like(v);
+  Tensor dslopes = torch::stable::new_empty(q, {alibi_slopes ? params.heads_q : 0}, ScalarType::Float);
+  grads.dq = view_of(dq);
+  grads.dk = view_of(dk);
+  grads.dv = view_of(dv);
+  grads.dalibi_slopes = alibi_slopes ? static_cast<float*>(dslopes.mutable_data_ptr()) : nullptr;
+  run_backward(q, params, grads);
+  return {dq, dk, dv, dslopes};
+}
+
+int64_t cpu_isa() { return &chosen_row() - kIsaTable; }
+
+}  // namespace
+}  // namespace internvl::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(internvl, CPU, m) {
+  m.impl("prefix_attn", TORCH_BOX(&internvl::cpu::prefix_attn));
+  m.impl("prefix_attn_backward", TORCH_BOX(&internvl::cpu::prefix_attn_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(internvl, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&internvl::cpu::cpu_isa));
+}
