@@ -60,8 +60,10 @@ $(ENV)/.internvl-kernels/%: pyproject.toml constraints.txt .ci/environment.py | 
 
 # ---- the extension: CMake configures once per change of settings, Ninja knows the rest ----
 
-CMAKE_FLAGS := -DPython_EXECUTABLE=$(PY) $(if $(INTERNVL_CUDA),-DINTERNVL_CUDA=$(INTERNVL_CUDA)) \
-               $(if $(INTERNVL_HEAD_DIMS),'-DINTERNVL_HEAD_DIMS=$(INTERNVL_HEAD_DIMS)') $(CMAKE_ARGS)
+# -U: settings of an earlier configuration do not linger. What was compiled stays. (Another compiler: make clean first.)
+CONFIGURE = cmake -U 'INTERNVL_*' -U '*Python*' -U pybind11_DIR -S . -B build/make -G Ninja \
+            -DPython_EXECUTABLE=$(PY) -DCMAKE_BUILD_TYPE=Release $(CMAKE_ARGS)
+SETTINGS  = $(PY) $(CMAKE_ARGS) CUDA=$(INTERNVL_CUDA) HEAD_DIMS=$(INTERNVL_HEAD_DIMS)
 
 build: build/make/build.ninja
 	@cmake --build build/make
@@ -69,10 +71,10 @@ build: build/make/build.ninja
 	  { $(PY) .ci/environment.py link && echo "$(CURDIR)" > $(ENV)/.internvl-kernels/tree; }
 
 build/make/build.ninja: build/make/settings $(wildcard $(ENV)/pyvenv.cfg) | $(ENV)/.internvl-kernels/build
-	@cmake --fresh -S . -B build/make -G Ninja $(CMAKE_FLAGS)
+	@$(CONFIGURE)
 	@touch $@
 
 # Rewritten only when it would change.
 build/make/settings: FORCE
 	@mkdir -p $(@D)
-	@printf '%s\n' "$(CMAKE_FLAGS) $(CXX) $(CXXFLAGS)" | cmp -s - $@ || printf '%s\n' "$(CMAKE_FLAGS) $(CXX) $(CXXFLAGS)" > $@
+	@echo "$(SETTINGS)" | cmp -s - $@ || echo "$(SETTINGS)" > $@

@@ -22,9 +22,10 @@ class CMakeBuild(build_ext):
     def run(self):
         in_place = self.inplace or self.editable_mode
         package = (ROOT / "python" if in_place else Path(self.build_lib).resolve()) / "internvl_kernels"
-        # A folder of its own, configured anew: pip's isolated builds see another torch than the environment's.
+        # A folder of its own, and no setting (-U) of an earlier build: pip's isolated builds see another torch.
         build = ROOT / "build" / f"pip-{sysconfig.get_config_var('SOABI')}"
-        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        configure = ["cmake", "-U", "INTERNVL_*", "-U", "*Python*", "-U", "pybind11_DIR", "-G", "Ninja"]
+        configure += ["-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DINTERNVL_OUTPUT_DIR={package}"]
         configure += os.environ.get("CMAKE_ARGS", "").split()
         # cmake and ninja of this environment also when it is not activated.
@@ -35,7 +36,7 @@ class CMakeBuild(build_ext):
             except FileNotFoundError:
                 sys.exit("cmake is missing: pip install cmake ninja (or make, which does all of it)")
             except subprocess.CalledProcessError as error:
-                sys.exit(f"{' '.join(command)} failed with status {error.returncode}; its output says why")
+                sys.exit(f"internvl-kernels: cmake failed with status {error.returncode}; what it says above is why")
 
     def get_outputs(self):
         return []
