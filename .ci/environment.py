@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +73,8 @@ def missing(groups, only=None):
 
 def installed(name):
     """Version of an installed distribution, or None. A torch without metadata is a source build: recent enough."""
+    from importlib import metadata  # here: create() runs on any Python 3, to say which one is needed
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
