@@ -33,6 +33,17 @@ std::string shape_text(const Tensor& tensor) {
   return text.str();
 }
 
+std::string list_text(std::initializer_list<int64_t> sizes) {
+  std::ostringstream text;
+  const char* separator = "[";
+  for (int64_t size : sizes) {
+    text << separator << size;
+    separator = ", ";
+  }
+  text << "]";
+  return text.str();
+}
+
 std::string device_text(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   std::ostringstream text;
@@ -77,13 +88,9 @@ const T* mask_data(const char* name, OptionalTensor& tensor, const Tensor& q, Sc
   if (!tensor) return nullptr;
   bool same = tensor->dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
-  std::ostringstream expected;
-  for (int64_t size : shape) {
-    same = same && tensor->size(d) == size;
-    expected << (d++ ? ", " : "") << size;
-  }
+  for (int64_t size : shape) same = same && tensor->size(d++) == size;
   if (!same)
-    fail(kAttn, name, " has shape ", shape_text(*tensor), "; expected ", shape_names, " = [", expected.str(), "]");
+    fail(kAttn, name, " has shape ", shape_text(*tensor), "; expected ", shape_names, " = ", list_text(shape));
   if (tensor->scalar_type() != dtype)
     fail(kAttn, name, " has dtype ", dtype_text(tensor->scalar_type()), "; allowed: ", dtype_text(dtype));
   check_same_device(kAttn, name, *tensor, "q", q);

@@ -5,6 +5,7 @@
 // that cross the diagonal only the key columns that some row sees are computed. Meaning: semantics.py.
 #pragma once
 
+#include "cpu/direct.h"
 #include "cpu/gemm.h"
 #include "cpu/plan.h"
 
@@ -26,6 +27,13 @@ INTERNVL_INLINE typename Element<kType>::type* mutable_row_of(const View& view, 
   return const_cast<typename Element<kType>::type*>(row_of<kType>(view, b, s, h));
 }
 
+// Row r of the key tile at j_lo, null when no query sees that key: its slot may hold anything.
+template <DType kType>
+INTERNVL_INLINE auto key_rows(const FwdPlan& plan, const View& view, int64_t b, int64_t head_kv, int64_t j_lo) {
+  const uint8_t* used = plan.keys.used + b * plan.params.seqlen_k + j_lo;
+  return [=, &view](int64_t r) { return used[r] ? row_of<kType>(view, b, j_lo + r, head_kv) : nullptr; };
+}
+
 // One key tile of K as row panels and of V as column panels; keys that no query sees become zero rows.
 template <DType kType>
 void pack_kv_tile(const FwdPlan& plan, int64_t b, int64_t head_kv, int64_t tile, float* k_out, float* v_out) {
@@ -33,9 +41,8 @@ void pack_kv_tile(const FwdPlan& plan, int64_t b, int64_t head_kv, int64_t tile,
   const int64_t block_n = plan.keys.block_n;
   const int64_t j_lo = tile * block_n;
   const int64_t rows = smallest(block_n, params.seqlen_k - j_lo);
-  const uint8_t* used = plan.keys.used + b * params.seqlen_k + j_lo;
-  const auto k_row = [&](int64_t r) { return used[r] ? row_of<kType>(params.k, b, j_lo + r, head_kv) : nullptr; };
-  const auto v_row = [&](int64_t r) { return used[r] ? row_of<kType>(params.v, b, j_lo + r, head_kv) : nullptr; };
+  const auto k_row = key_rows<kType>(plan, params.k, b, head_kv, j_lo);
+  const auto v_row = key_rows<kType>(plan, params.v, b, head_kv, j_lo);
   pack_row_panels<kType>(k_row, rows, block_n, params.head_dim, 1.0f, k_out);
   pack_column_panels<kType>(v_row, rows, block_n, params.head_dim, plan.padded_dim, v_out);
 }
@@ -234,26 +241,31 @@ void fwd_row_tile(const FwdPlan& plan, const RowTask& task, float* memory) {
   const int64_t p_lo = query_position(mask.first_position, task.row0);
   const int64_t p_hi = p_lo + task.rows - 1;
   const QuerySegments own = query_segments(mask, p_lo, p_hi);
+  const bool direct = !plan.packed_k && rows <= kDirectRows;
 
   for (int64_t tile = task.tile_begin; tile < task.tile_end; ++tile) {
     const int64_t j_lo = tile * block_n;
     const KeyTileSummary* summary = plan.keys.summary(task.b, tile);
     const TileClass tile_class = classify(mask, summary, own, p_lo, p_hi, j_lo, j_lo + block_n);
     if (tile_class == kTileEmpty) continue;
+    const int64_t keys = tile_key_end(mask, summary, p_hi, j_lo + block_n) - j_lo;
+    const int64_t columns = round_up(keys, kPanel);
     const float* k_tile = scratch.k_tile;
     const float* v_tile = scratch.v_tile;
     if (plan.packed_k) {
       const int64_t index = (task.b * params.heads_kv + task.head_kv) * plan.keys.count + tile;
       k_tile = plan.packed_k + index * plan.k_tile_floats();
       v_tile = plan.packed_v + index * plan.v_tile_floats();
-    } else {
+    } else if (!direct) {
       pack_kv_tile<kType>(plan, task.b, task.head_kv, tile, scratch.k_tile, scratch.v_tile);
     }
-    const int64_t keys = tile_key_end(mask, summary, p_hi, j_lo + block_n) - j_lo;
-    const int64_t columns = round_up(keys, kPanel);
 
-    multiply<ALayout::kRowMajor>(rows, columns, params.head_dim, scratch.q, params.head_dim, k_tile, params.head_dim,
-                                 scratch.s, block_n, false);
+    if (direct)
+      direct_scores<kType>(rows, keys, params.head_dim, scratch.q,
+                           key_rows<kType>(plan, params.k, task.b, task.head_kv, j_lo), scratch.s, block_n);
+    else
+      multiply<ALayout::kRowMajor>(rows, columns, params.head_dim, scratch.q, params.head_dim, k_tile,
+                                   params.head_dim, scratch.s, block_n, false);
     if (tile_class == kTileFull) {
       if (params.alibi_slopes)
         softmax_tile<true, false>(plan, mask, scratch, rows, j_lo, columns);
@@ -266,8 +278,12 @@ void fwd_row_tile(const FwdPlan& plan, const RowTask& task, float* memory) {
       else
         softmax_tile<false, true>(plan, mask, scratch, rows, j_lo, columns);
     }
-    multiply<ALayout::kRowMajor>(rows, plan.padded_dim, keys, scratch.s, block_n, v_tile, block_n, scratch.acc,
-                                 plan.padded_dim, true);
+    if (direct)
+      direct_values<kType>(rows, keys, params.head_dim, plan.padded_dim, scratch.s, block_n,
+                           key_rows<kType>(plan, params.v, task.b, task.head_kv, j_lo), scratch.acc);
+    else
+      multiply<ALayout::kRowMajor>(rows, plan.padded_dim, keys, scratch.s, block_n, v_tile, block_n, scratch.acc,
+                                   plan.padded_dim, true);
   }
   finish_rows<kType>(plan, task, scratch);
 }

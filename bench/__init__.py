@@ -1,0 +1,1 @@
+"""Benchmarks: ``pytest --benchmark-only bench``. Every timing stands behind a correctness gate."""
