@@ -81,6 +81,7 @@ def _compact(
     if real is not None:
         start = torch.where(real, j, given.shape[1]).amin(1) if given.shape[1] else j.new_zeros(given.shape[0])
         end = torch.where(real, j + 1, 0).amax(1) if given.shape[1] else start
+        start = torch.minimum(start, end)  # a row without a real key is the empty range [0, 0)
         if not torch.equal(real, semantics.valid_in_range(j, start[:, None], end[:, None])):
             return None
         key_range = torch.stack([start, end], 1).to(torch.int32)
