@@ -29,7 +29,7 @@ help:
 	@echo "                INTERNVL_CUDA=0     leave the CUDA kernels out (1: fail when nvcc is missing)"
 	@echo "                CMAKE_ARGS=...      passed on to CMake; CMAKE_BUILD_PARALLEL_LEVEL=N limits the compilers"
 
-test: build $(ENV)/.internvl-kernels/test
+test: build $(ENV)/.internvl-kernels/test $(ENV)/.internvl-kernels/demo
 	@$(PY) -m pytest $(ARGS)
 
 demo: build $(ENV)/.internvl-kernels/demo
