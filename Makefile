@@ -3,6 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:  # two pips at once would disturb each other; Ninja compiles in parallel
 .PHONY: help build test demo bench lint clean FORCE
 
 PYTHON ?= python3
