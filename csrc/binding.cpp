@@ -1,5 +1,6 @@
-// internvl_kernels._C: what is not an operator. Build information, instruction sets, and the C++ mirror of the mask,
-// so that tests, FLOP counters and `env` read the compiled truth. No PyTorch here.
+// internvl_kernels._C: what is not an operator. Build information, instruction sets, and the C++
+// mirror of the mask, so that tests, FLOP counters and `env` read the compiled truth. No PyTorch
+// here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -45,10 +46,12 @@ std::vector<py::dict> cpu_isas() {
   return rows;
 }
 
-// visible(b = 0, i, j) as a bool array [seqlen_q, seqlen_k], from mask.h. Empty arrays stand for absent flags/segments.
-py::array_t<bool> visible_mask(int64_t seqlen_q, int64_t seqlen_k, int64_t query_start, int32_t prefix_len,
-                               int32_t start, int32_t end, py::array_t<uint8_t> key_flags,
-                               py::array_t<int32_t> segment_ids, int64_t window) {
+// visible(b = 0, i, j) as a bool array [seqlen_q, seqlen_k], from mask.h. Empty arrays stand for
+// absent flags/segments.
+py::array_t<bool> visible_mask(int64_t seqlen_q, int64_t seqlen_k, int64_t query_start,
+                               int32_t prefix_len, int32_t start, int32_t end,
+                               py::array_t<uint8_t> key_flags, py::array_t<int32_t> segment_ids,
+                               int64_t window) {
   py::array_t<bool> result({seqlen_q, seqlen_k});
   auto seen = result.mutable_unchecked<2>();
   for (int64_t i = 0; i < seqlen_q; ++i) {
@@ -63,25 +66,33 @@ py::array_t<bool> visible_mask(int64_t seqlen_q, int64_t seqlen_k, int64_t query
         valid = internvl::valid_in_range(j, int64_t{start}, int64_t{end});
         bidirectional = internvl::bidirectional_in_prefix(j, int64_t{prefix_len});
       }
-      if (segment_ids.size() > 0) same_segment = p >= 0 && p < seqlen_k && segment_ids.at(p) == segment_ids.at(j);
-      seen(i, j) = internvl::visible(valid, same_segment, bidirectional, internvl::causal(p, j, window));
+      if (segment_ids.size() > 0)
+        same_segment = p >= 0 && p < seqlen_k && segment_ids.at(p) == segment_ids.at(j);
+      seen(i, j) =
+          internvl::visible(valid, same_segment, bidirectional, internvl::causal(p, j, window));
     }
   }
   return result;
 }
 
-// The classes of every (query tile, key tile) of one batch row in the compact form: [query tiles, key tiles].
-py::array_t<int> tile_plan(int64_t seqlen_q, int64_t seqlen_k, int64_t block_m, int64_t block_n, int64_t query_start,
-                           int64_t prefix_len, int64_t start, int64_t end, int64_t window) {
-  if (block_m < 1 || block_n < 1) throw py::value_error("tile_plan: block_m and block_n must be at least 1");
-  const int64_t rows = (seqlen_q + block_m - 1) / block_m, columns = (seqlen_k + block_n - 1) / block_n;
+// The classes of every (query tile, key tile) of one batch row in the compact form: [query tiles,
+// key tiles].
+py::array_t<int> tile_plan(int64_t seqlen_q, int64_t seqlen_k, int64_t block_m, int64_t block_n,
+                           int64_t query_start, int64_t prefix_len, int64_t start, int64_t end,
+                           int64_t window) {
+  if (block_m < 1 || block_n < 1)
+    throw py::value_error("tile_plan: block_m and block_n must be at least 1");
+  const int64_t rows = (seqlen_q + block_m - 1) / block_m,
+                columns = (seqlen_k + block_n - 1) / block_n;
   py::array_t<int> result({rows, columns});
   auto classes = result.mutable_unchecked<2>();
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t n = 0; n < columns; ++n) {
       const int64_t p_lo = internvl::query_position(query_start, m * block_m);
-      const int64_t p_hi = internvl::query_position(query_start, internvl::smaller((m + 1) * block_m, seqlen_q) - 1);
-      classes(m, n) = internvl::classify_tile(p_lo, p_hi, n * block_n, internvl::smaller((n + 1) * block_n, seqlen_k),
+      const int64_t p_hi =
+          internvl::query_position(query_start, internvl::smaller((m + 1) * block_m, seqlen_q) - 1);
+      classes(m, n) = internvl::classify_tile(p_lo, p_hi, n * block_n,
+                                              internvl::smaller((n + 1) * block_n, seqlen_k),
                                               prefix_len, start, end, window);
     }
   return result;
@@ -94,27 +105,33 @@ int as_int(TileClass value) { return static_cast<int>(value); }
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and the C++ mirror of semantics.py";
   m.def("build_info", &build_info, "What was compiled, as a dict.");
-  m.def("cpu_isas", &cpu_isas, "One dict per CPU instruction set, in the order of torch.ops.internvl.cpu_isa().");
+  m.def("cpu_isas", &cpu_isas,
+        "One dict per CPU instruction set, in the order of torch.ops.internvl.cpu_isa().");
   m.def("visible_mask", &visible_mask, py::arg("seqlen_q"), py::arg("seqlen_k"), py::kw_only(),
         py::arg("query_start"), py::arg("prefix_len"), py::arg("start"), py::arg("end"),
-        py::arg("key_flags") = py::array_t<uint8_t>(), py::arg("segment_ids") = py::array_t<int32_t>(),
-        py::arg("window") = 0, "visible(i, j) of one batch row from mask.h, bool [seqlen_q, seqlen_k].");
-  m.def("tile_plan", &tile_plan, py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("block_m"), py::arg("block_n"),
-        py::kw_only(), py::arg("query_start"), py::arg("prefix_len"), py::arg("start"), py::arg("end"),
-        py::arg("window") = 0, "Tile classes (0 empty, 1 partial, 2 full) of one batch row in the compact form.");
-  m.def("alibi_bias", [](float slope, int64_t p, int64_t j) { return internvl::alibi_bias(slope, p, j); });
+        py::arg("key_flags") = py::array_t<uint8_t>(),
+        py::arg("segment_ids") = py::array_t<int32_t>(), py::arg("window") = 0,
+        "visible(i, j) of one batch row from mask.h, bool [seqlen_q, seqlen_k].");
+  m.def("tile_plan", &tile_plan, py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("block_m"),
+        py::arg("block_n"), py::kw_only(), py::arg("query_start"), py::arg("prefix_len"),
+        py::arg("start"), py::arg("end"), py::arg("window") = 0,
+        "Tile classes (0 empty, 1 partial, 2 full) of one batch row in the compact form.");
+  m.def("alibi_bias",
+        [](float slope, int64_t p, int64_t j) { return internvl::alibi_bias(slope, p, j); });
   m.def("visible_key_end", [](int64_t p_hi, int64_t prefix_len, int64_t end) {
     return internvl::visible_key_end(p_hi, prefix_len, end);
   });
-  m.def("causal_key_begin", [](int64_t p_lo, int64_t window) { return internvl::causal_key_begin(p_lo, window); });
-  m.def("classify_tile", [](int64_t p_lo, int64_t p_hi, int64_t j_lo, int64_t j_hi, int64_t prefix_len, int64_t start,
-                            int64_t end, int64_t window) {
+  m.def("causal_key_begin",
+        [](int64_t p_lo, int64_t window) { return internvl::causal_key_begin(p_lo, window); });
+  m.def("classify_tile", [](int64_t p_lo, int64_t p_hi, int64_t j_lo, int64_t j_hi,
+                            int64_t prefix_len, int64_t start, int64_t end, int64_t window) {
     return as_int(internvl::classify_tile(p_lo, p_hi, j_lo, j_hi, prefix_len, start, end, window));
   });
-  m.def("classify_tile_flags", [](int64_t p_lo, int64_t p_hi, int64_t j_lo, int64_t j_hi, bool any_valid,
-                                  bool all_valid, bool any_bidirectional, bool all_bidirectional, int64_t window) {
-    return as_int(internvl::classify_tile_flags(p_lo, p_hi, j_lo, j_hi, any_valid, all_valid, any_bidirectional,
-                                                all_bidirectional, window));
+  m.def("classify_tile_flags", [](int64_t p_lo, int64_t p_hi, int64_t j_lo, int64_t j_hi,
+                                  bool any_valid, bool all_valid, bool any_bidirectional,
+                                  bool all_bidirectional, int64_t window) {
+    return as_int(internvl::classify_tile_flags(p_lo, p_hi, j_lo, j_hi, any_valid, all_valid,
+                                                any_bidirectional, all_bidirectional, window));
   });
   m.def("classify_tile_segments", [](int64_t q_lo, int64_t q_hi, int64_t k_lo, int64_t k_hi) {
     return as_int(internvl::classify_tile_segments(q_lo, q_hi, k_lo, k_hi));

@@ -1,4 +1,5 @@
-// What a kernel needs to know about one call, free of PyTorch: filled once by check.cpp, read everywhere below.
+// What a kernel needs to know about one call, free of PyTorch: filled once by check.cpp, read
+// everywhere below.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,8 @@ namespace internvl {
 enum class DType : int { kFloat32, kBFloat16, kFloat16 };
 
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kMaxSeqlen = int64_t{1} << 30;  // positions fit int32 with room for window arithmetic
+constexpr int64_t kMaxSeqlen = int64_t{1}
+                               << 30;  // positions fit int32 with room for window arithmetic
 
 // [batch, seqlen, heads, head_dim] with a contiguous last dimension; strides in elements.
 struct View {
@@ -32,12 +34,12 @@ struct PrefixAttnParams {
   View q, k, v, out;
   float* lse = nullptr;  // [batch, heads_q, seqlen_q], contiguous
 
-  const int32_t* prefix_len = nullptr;    // [batch]
-  const int32_t* key_range = nullptr;     // [batch, 2]
-  const int32_t* query_start = nullptr;   // [batch]
-  const uint8_t* key_flags = nullptr;     // [batch, seqlen_k], replaces prefix_len and key_range
-  const int32_t* segment_ids = nullptr;   // [batch, seqlen_k]
-  const float* alibi_slopes = nullptr;    // [heads_q]
+  const int32_t* prefix_len = nullptr;   // [batch]
+  const int32_t* key_range = nullptr;    // [batch, 2]
+  const int32_t* query_start = nullptr;  // [batch]
+  const uint8_t* key_flags = nullptr;    // [batch, seqlen_k], replaces prefix_len and key_range
+  const int32_t* segment_ids = nullptr;  // [batch, seqlen_k]
+  const float* alibi_slopes = nullptr;   // [heads_q]
 
   int64_t group() const { return heads_q / heads_kv; }
 };
@@ -80,7 +82,7 @@ struct ClipQkLayernormGrads {
   int64_t grad_q_stride = 0;
   int64_t grad_k_stride = 0;
   int64_t grad_v_stride = 0;
-  void* grad_qkv = nullptr;  // [rows, width], contiguous
+  void* grad_qkv = nullptr;    // [rows, width], contiguous
   float* dq_weight = nullptr;  // null without that norm
   float* dq_bias = nullptr;
   float* dk_weight = nullptr;

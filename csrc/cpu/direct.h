@@ -1,5 +1,6 @@
-// Products for a handful of query rows (decoding): K and V are read once, where they stand, instead of being packed.
-// Packing costs as much as the product itself when a tile serves fewer rows than a micro-kernel has.
+// Products for a handful of query rows (decoding): K and V are read once, where they stand, instead
+// of being packed. Packing costs as much as the product itself when a tile serves fewer rows than a
+// micro-kernel has.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -9,11 +10,12 @@ namespace {
 
 constexpr int64_t kDirectRows = 4;
 
-// s[r][j] = <q[r], row(j)> for j < round_up(keys, kLanes); q is fp32 [rows][width], zero keys where row(j) is null.
-// kLanes keys at a time: their dot products sit in kLanes accumulators that one transposition turns into a vector.
+// s[r][j] = <q[r], row(j)> for j < round_up(keys, kLanes); q is fp32 [rows][width], zero keys where
+// row(j) is null. kLanes keys at a time: their dot products sit in kLanes accumulators that one
+// transposition turns into a vector.
 template <DType kType, class Row>
-INTERNVL_INLINE void direct_scores(int64_t rows, int64_t keys, int64_t width, const float* q, const Row& row, float* s,
-                                   int64_t lds) {
+INTERNVL_INLINE void direct_scores(int64_t rows, int64_t keys, int64_t width, const float* q,
+                                   const Row& row, float* s, int64_t lds) {
   const int64_t whole = width / kLanes * kLanes;
   for (int64_t j = 0; j < keys; j += kLanes) {
     const typename Element<kType>::type* k[kLanes];
@@ -31,7 +33,8 @@ INTERNVL_INLINE void direct_scores(int64_t rows, int64_t keys, int64_t width, co
         }
         if (whole < width) {
           const Vec x = load_partial<DType::kFloat32>(query + whole, width - whole);
-          for (int i = 0; i < kLanes; ++i) sums[i] += x * load_partial<kType>(k[i] + whole, width - whole);
+          for (int i = 0; i < kLanes; ++i)
+            sums[i] += x * load_partial<kType>(k[i] + whole, width - whole);
         }
       } else {
         for (int64_t d = 0; d < width; d += kLanes) {
@@ -47,10 +50,11 @@ INTERNVL_INLINE void direct_scores(int64_t rows, int64_t keys, int64_t width, co
   }
 }
 
-// acc[r][:] += sum_j s[r][j] * row(j); acc is fp32 [rows][padded]. Four keys share each visit to the accumulator.
+// acc[r][:] += sum_j s[r][j] * row(j); acc is fp32 [rows][padded]. Four keys share each visit to
+// the accumulator.
 template <DType kType, class Row>
-INTERNVL_INLINE void direct_values(int64_t rows, int64_t keys, int64_t width, int64_t padded, const float* s,
-                                   int64_t lds, const Row& row, float* acc) {
+INTERNVL_INLINE void direct_values(int64_t rows, int64_t keys, int64_t width, int64_t padded,
+                                   const float* s, int64_t lds, const Row& row, float* acc) {
   const int64_t whole = width / kLanes * kLanes;
   int64_t j = 0;
   for (; j + 4 <= keys; j += 4) {
@@ -58,16 +62,20 @@ INTERNVL_INLINE void direct_values(int64_t rows, int64_t keys, int64_t width, in
     const bool all = v[0] && v[1] && v[2] && v[3];
     for (int64_t r = 0; r < rows; ++r) {
       const float* p = s + r * lds + j;
-      const Vec p0 = broadcast(p[0]), p1 = broadcast(p[1]), p2 = broadcast(p[2]), p3 = broadcast(p[3]);
+      const Vec p0 = broadcast(p[0]), p1 = broadcast(p[1]), p2 = broadcast(p[2]),
+                p3 = broadcast(p[3]);
       float* out = acc + r * padded;
       int64_t d = 0;
       for (; all && d < whole; d += kLanes) {
-        const Vec even = p0 * Element<kType>::load_vec(v[0] + d) + p2 * Element<kType>::load_vec(v[2] + d);
-        const Vec odd = p1 * Element<kType>::load_vec(v[1] + d) + p3 * Element<kType>::load_vec(v[3] + d);
+        const Vec even =
+            p0 * Element<kType>::load_vec(v[0] + d) + p2 * Element<kType>::load_vec(v[2] + d);
+        const Vec odd =
+            p1 * Element<kType>::load_vec(v[1] + d) + p3 * Element<kType>::load_vec(v[3] + d);
         store(out + d, load(out + d) + (even + odd));
       }
       for (; d < padded; d += kLanes) {
-        const Vec even = p0 * load_row<kType>(v[0], d, width) + p2 * load_row<kType>(v[2], d, width);
+        const Vec even =
+            p0 * load_row<kType>(v[0], d, width) + p2 * load_row<kType>(v[2], d, width);
         const Vec odd = p1 * load_row<kType>(v[1], d, width) + p3 * load_row<kType>(v[3], d, width);
         store(out + d, load(out + d) + (even + odd));
       }
@@ -77,7 +85,8 @@ INTERNVL_INLINE void direct_values(int64_t rows, int64_t keys, int64_t width, in
     for (int64_t r = 0; r < rows; ++r) {
       const Vec p = broadcast(s[r * lds + j]);
       for (int64_t d = 0; d < padded; d += kLanes)
-        store(acc + r * padded + d, load(acc + r * padded + d) + p * load_row<kType>(row(j), d, width));
+        store(acc + r * padded + d,
+              load(acc + r * padded + d) + p * load_row<kType>(row(j), d, width));
     }
 }
 

@@ -17,8 +17,8 @@ struct IsaRow {
 constexpr int kIsaRows = 3;
 extern const IsaRow kIsaTable[kIsaRows];  // best last
 
-// The row to use when `wanted` (INTERNVL_CPU_ISA) is null or empty: the best that runs here. Otherwise the row of that
-// name; null when it is unknown, not compiled or not supported.
+// The row to use when `wanted` (INTERNVL_CPU_ISA) is null or empty: the best that runs here.
+// Otherwise the row of that name; null when it is unknown, not compiled or not supported.
 const IsaRow* choose_isa(const char* wanted);
 
 }  // namespace internvl::cpu

@@ -1,11 +1,12 @@
-// Included once by each isa_*.cpp, which defines INTERNVL_ISA (namespace), INTERNVL_LANES and INTERNVL_KERNELS.
+// Included once by each isa_*.cpp, which defines INTERNVL_ISA (namespace), INTERNVL_LANES and
+// INTERNVL_KERNELS.
 #include "cpu/clip_qk_layernorm_kernel.h"
 #include "cpu/kernels.h"
 #include "cpu/prefix_attn_bwd_kernel.h"
 #include "cpu/prefix_attn_fwd_kernel.h"
 
 #define INTERNVL_BY_DTYPE(function) \
-  { function<DType::kFloat32>, function<DType::kBFloat16>, function<DType::kFloat16> }
+  {function<DType::kFloat32>, function<DType::kBFloat16>, function<DType::kFloat16>}
 
 namespace internvl::cpu {
 

@@ -12,13 +12,15 @@ struct Kernels {
   int lanes;  // floats per vector
   int panel;  // columns per packed panel: block sizes are multiples of it
 
-  void (*pack_kv_tile[kDTypes])(const FwdPlan&, int64_t b, int64_t head_kv, int64_t tile, float* k, float* v);
+  void (*pack_kv_tile[kDTypes])(const FwdPlan&, int64_t b, int64_t head_kv, int64_t tile, float* k,
+                                float* v);
   void (*fwd_row_tile[kDTypes])(const FwdPlan&, const RowTask&, float* scratch);
   void (*merge_splits[kDTypes])(const FwdPlan&, const RowTask&, float* scratch);
   void (*bwd_unit[kDTypes])(const BwdPlan&, const BwdUnit&, float* scratch);
   void (*reduce_dq[kDTypes])(const BwdPlan&, int64_t b, int64_t head, int64_t row0, int64_t rows);
   void (*clip_qk_layernorm[kDTypes])(const ClipQkLayernormParams&, int64_t begin, int64_t end);
-  void (*clip_qk_layernorm_backward[kDTypes])(const ClipQkLayernormParams&, const ClipQkLayernormGrads&, int64_t begin,
+  void (*clip_qk_layernorm_backward[kDTypes])(const ClipQkLayernormParams&,
+                                              const ClipQkLayernormGrads&, int64_t begin,
                                               int64_t end, float* sums);
 };
 
@@ -27,7 +29,8 @@ extern const Kernels kBaselineKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 
-// The kernels in use: INTERNVL_CPU_ISA, else the best row the processor runs. Chosen once, when the library loads.
+// The kernels in use: INTERNVL_CPU_ISA, else the best row the processor runs. Chosen once, when the
+// library loads.
 const Kernels& kernels();
 const char* isa_in_use();
 

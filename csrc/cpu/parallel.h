@@ -11,8 +11,8 @@
 
 namespace internvl::cpu {
 
-// 64-byte aligned floats. Small buffers are kept by the calling thread for its next call: fresh pages cost more than a
-// small attention.
+// 64-byte aligned floats. Small buffers are kept by the calling thread for its next call: fresh
+// pages cost more than a small attention.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
@@ -57,13 +57,15 @@ class Scratch {
   float* data_ = nullptr;
 };
 
-// Calls body(task, scratch) for every task in [0, tasks), in this order but for the threads: whoever is free takes the
-// next one. Each worker has `scratch_floats` of its own. `flops` keeps small calls on the calling thread.
+// Calls body(task, scratch) for every task in [0, tasks), in this order but for the threads:
+// whoever is free takes the next one. Each worker has `scratch_floats` of its own. `flops` keeps
+// small calls on the calling thread.
 template <class Body>
 void run_tasks(int64_t tasks, int64_t scratch_floats, double flops, const Body& body) {
   constexpr double kWorthAThread = 2e5;  // waking a pool costs some microseconds
   if (tasks <= 0) return;
-  int64_t workers = flops < kWorthAThread ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+  int64_t workers =
+      flops < kWorthAThread ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
   workers = workers < tasks ? workers : tasks;
   const int64_t stride = (scratch_floats + 15) / 16 * 16;
   const Scratch scratch(workers * stride);

@@ -1,4 +1,5 @@
-// How one call is cut into tasks: filled by prefix_attn.cpp, read by the kernels. Free of PyTorch and of any ISA.
+// How one call is cut into tasks: filled by prefix_attn.cpp, read by the kernels. Free of PyTorch
+// and of any ISA.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +9,9 @@
 
 namespace internvl::cpu {
 
+constexpr int kMaxBlockN =
+    128;  // keys per forward tile: K, V and the score tile stay in the second-level cache
+
 // The mask of one batch row, with the call's data clamped to the keys that exist.
 struct KeyMask {
   int64_t prefix_len;
@@ -15,9 +19,9 @@ struct KeyMask {
   int64_t end;
   int64_t window;
   int64_t seqlen_k;
-  int64_t first_position;    // of query row 0
-  const uint8_t* flags;      // [seqlen_k] or null
-  const int32_t* segments;   // [seqlen_k] or null
+  int64_t first_position;   // of query row 0
+  const uint8_t* flags;     // [seqlen_k] or null
+  const int32_t* segments;  // [seqlen_k] or null
 };
 
 INTERNVL_MASK_FN KeyMask key_mask(const PrefixAttnParams& params, int64_t b) {
@@ -59,23 +63,26 @@ INTERNVL_MASK_FN QuerySegments query_segments(const KeyMask& mask, int64_t p_lo,
 }
 
 // Class of query positions [p_lo, p_hi] against keys [j_lo, j_hi), whichever form the mask has.
-INTERNVL_MASK_FN TileClass classify(const KeyMask& mask, const KeyTileSummary* summary, const QuerySegments& own,
-                                    int64_t p_lo, int64_t p_hi, int64_t j_lo, int64_t j_hi) {
-  TileClass tile = mask.flags ? classify_tile_flags(p_lo, p_hi, j_lo, j_hi, summary->any_valid, summary->all_valid,
-                                                    summary->any_bidirectional, summary->all_bidirectional,
-                                                    mask.window)
-                              : classify_tile(p_lo, p_hi, j_lo, j_hi, mask.prefix_len, mask.start, mask.end,
-                                              mask.window);
+INTERNVL_MASK_FN TileClass classify(const KeyMask& mask, const KeyTileSummary* summary,
+                                    const QuerySegments& own, int64_t p_lo, int64_t p_hi,
+                                    int64_t j_lo, int64_t j_hi) {
+  TileClass tile = mask.flags ? classify_tile_flags(p_lo, p_hi, j_lo, j_hi, summary->any_valid,
+                                                    summary->all_valid, summary->any_bidirectional,
+                                                    summary->all_bidirectional, mask.window)
+                              : classify_tile(p_lo, p_hi, j_lo, j_hi, mask.prefix_len, mask.start,
+                                              mask.end, mask.window);
   if (mask.segments) {
     if (!own.any_inside) return kTileEmpty;
-    tile = combine_classes(tile, classify_tile_segments(own.lo, own.hi, summary->segment_lo, summary->segment_hi));
+    tile = combine_classes(
+        tile, classify_tile_segments(own.lo, own.hi, summary->segment_lo, summary->segment_hi));
     if (tile == kTileFull && !own.all_inside) tile = kTilePartial;
   }
   return tile;
 }
 
 // Keys of the tile [j_lo, j_hi) that a query at or below p_hi can see all lie below this index.
-INTERNVL_MASK_FN int64_t tile_key_end(const KeyMask& mask, const KeyTileSummary* summary, int64_t p_hi, int64_t j_hi) {
+INTERNVL_MASK_FN int64_t tile_key_end(const KeyMask& mask, const KeyTileSummary* summary,
+                                      int64_t p_hi, int64_t j_hi) {
   const int64_t end = smaller(j_hi, mask.seqlen_k);
   if (!mask.flags) return smaller(end, visible_key_end(p_hi, mask.prefix_len, mask.end));
   return summary->any_bidirectional ? end : visible_key_end(p_hi, 0, end);
@@ -85,25 +92,28 @@ INTERNVL_MASK_FN int64_t tile_key_end(const KeyMask& mask, const KeyTileSummary*
 struct KeyTiles {
   int64_t block_n = 0;
   int64_t count = 0;
-  const KeyTileSummary* summaries = nullptr;  // [batch][count], null for the compact form without segments
-  const uint8_t* used = nullptr;              // [batch][seqlen_k]: some query of the batch row sees the key
+  const KeyTileSummary* summaries =
+      nullptr;                    // [batch][count], null for the compact form without segments
+  const uint8_t* used = nullptr;  // [batch][seqlen_k]: some query of the batch row sees the key
 
   const KeyTileSummary* summary(int64_t b, int64_t tile) const {
     return summaries ? summaries + b * count + tile : nullptr;
   }
 };
 
-// --- forward --------------------------------------------------------------------------------------------------
+// --- forward
+// --------------------------------------------------------------------------------------------------
 
-// A tile of query rows of one (batch, KV head): `heads` query heads from `head0`, rows [row0, row0 + rows) of each,
-// against key tiles [tile_begin, tile_end). More than one head only when a tile holds all rows of each.
+// A tile of query rows of one (batch, KV head): `heads` query heads from `head0`, rows [row0, row0
+// + rows) of each, against key tiles [tile_begin, tile_end). More than one head only when a tile
+// holds all rows of each.
 struct RowTask {
   int64_t b, head_kv;
   int64_t head0, heads;
   int64_t row0, rows;
   int64_t tile_begin, tile_end;
-  int64_t cost;           // visible keys times rows: longest first
-  float* partial;         // key split: accumulator, row_max and row_sum instead of out and lse; else null
+  int64_t cost;    // visible keys times rows: longest first
+  float* partial;  // key split: accumulator, row_max and row_sum instead of out and lse; else null
 };
 
 struct FwdPlan {
@@ -112,7 +122,8 @@ struct FwdPlan {
   int64_t block_m = 0;
   int64_t padded_dim = 0;  // head_dim rounded up to whole vectors
   int64_t splits = 1;
-  float* packed_k = nullptr;  // [batch * heads_kv][key tile][k_tile_floats], null: each task packs its own tiles
+  float* packed_k =
+      nullptr;  // [batch * heads_kv][key tile][k_tile_floats], null: each task packs its own tiles
   float* packed_v = nullptr;
 
   int64_t k_tile_floats() const { return keys.block_n * params.head_dim; }
@@ -124,10 +135,12 @@ struct FwdPlan {
   }
 };
 
-// --- backward -------------------------------------------------------------------------------------------------
+// --- backward
+// -------------------------------------------------------------------------------------------------
 
-// dk and dv of one (batch, KV head) and the key tiles chunk, chunk + chunks, ...; its share of dq goes to a buffer of
-// its own, so that the sum over chunks has a fixed order whatever the thread count.
+// dk and dv of one (batch, KV head) and the key tiles chunk, chunk + chunks, ...; its share of dq
+// goes to a buffer of its own, so that the sum over chunks has a fixed order whatever the thread
+// count.
 struct BwdUnit {
   int64_t b, head_kv, chunk;
 };
@@ -140,10 +153,12 @@ struct BwdPlan {
   int64_t padded_dim = 0;
   int64_t padded_rows = 0;  // seqlen_q rounded up to block_m
   int64_t chunks = 1;
-  float* dq_parts = nullptr;      // [chunks][batch][heads_q][padded_rows][padded_dim]
-  double* dslope_parts = nullptr; // [chunks][batch][heads_q]
+  float* dq_parts = nullptr;       // [chunks][batch][heads_q][padded_rows][padded_dim]
+  double* dslope_parts = nullptr;  // [chunks][batch][heads_q]
 
-  int64_t dq_part_floats() const { return params.batch * params.heads_q * padded_rows * padded_dim; }
+  int64_t dq_part_floats() const {
+    return params.batch * params.heads_q * padded_rows * padded_dim;
+  }
   int64_t tiles_per_chunk() const { return (keys.count + chunks - 1) / chunks; }
   int64_t scratch_floats() const {
     const int64_t head = padded_rows * (2 * params.head_dim + 2 * padded_dim + 4);

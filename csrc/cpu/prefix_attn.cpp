@@ -18,7 +18,8 @@ namespace internvl::cpu {
 const IsaRow& chosen_row() {
   static const IsaRow* row = choose_isa(std::getenv("INTERNVL_CPU_ISA"));
   if (!row) {
-    std::string message = "INTERNVL_CPU_ISA is '" + std::string(std::getenv("INTERNVL_CPU_ISA")) + "'; this processor "
+    std::string message = "INTERNVL_CPU_ISA is '" + std::string(std::getenv("INTERNVL_CPU_ISA")) +
+                          "'; this processor "
                           "and build allow:";
     for (const IsaRow& other : kIsaTable)
       if (other.compiled && other.supported()) message += std::string(" ") + other.name;
@@ -30,12 +31,15 @@ const IsaRow& chosen_row() {
 const Kernels& kernels() {
   switch (chosen_row().isa) {
 #if defined(INTERNVL_ISA_AVX2)
-    case Isa::kAvx2: return kAvx2Kernels;
+    case Isa::kAvx2:
+      return kAvx2Kernels;
 #endif
 #if defined(INTERNVL_ISA_AVX512)
-    case Isa::kAvx512: return kAvx512Kernels;
+    case Isa::kAvx512:
+      return kAvx512Kernels;
 #endif
-    default: return kBaselineKernels;
+    default:
+      return kBaselineKernels;
   }
 }
 
@@ -46,9 +50,11 @@ using torch::headeronly::ScalarType;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// --- keys -----------------------------------------------------------------------------------------------------
+// --- keys
+// -----------------------------------------------------------------------------------------------------
 
-// Which keys some query of batch row b sees. Invisible slots may hold anything; packing turns them into zeros.
+// Which keys some query of batch row b sees. Invisible slots may hold anything; packing turns them
+// into zeros.
 void mark_used_keys(const KeyMask& mask, int64_t seqlen_q, uint8_t* used) {
   const int64_t p_lo = mask.first_position, p_hi = p_lo + seqlen_q - 1;
   const int64_t seqlen_k = mask.seqlen_k;
@@ -66,7 +72,8 @@ void mark_used_keys(const KeyMask& mask, int64_t seqlen_q, uint8_t* used) {
   } else {
     for (int64_t j = 0; j < seqlen_k; ++j) {
       const int flags = mask.flags[j];
-      used[j] = flag_valid(flags) && (flag_bidirectional(flags) || causal_reaches(p_lo, p_hi, j, j + 1, mask.window));
+      used[j] = flag_valid(flags) &&
+                (flag_bidirectional(flags) || causal_reaches(p_lo, p_hi, j, j + 1, mask.window));
     }
   }
   if (!mask.segments) return;
@@ -77,7 +84,8 @@ void mark_used_keys(const KeyMask& mask, int64_t seqlen_q, uint8_t* used) {
     bool found = false;
     if (own.any_inside && own.lo <= segment && segment <= own.hi) {
       const int flags = mask.flags ? mask.flags[j] : 0;
-      const bool open = mask.flags ? flag_bidirectional(flags) : bidirectional_in_prefix(j, mask.prefix_len);
+      const bool open =
+          mask.flags ? flag_bidirectional(flags) : bidirectional_in_prefix(j, mask.prefix_len);
       const int64_t last = smaller(p_hi, seqlen_k - 1);
       for (int64_t p = larger(0, p_lo); p <= last && !found; ++p)
         found = mask.segments[p] == segment && (open || causal(p, j, mask.window));
@@ -138,18 +146,20 @@ struct KeyTileData {
   }
 };
 
-// --- forward --------------------------------------------------------------------------------------------------
+// --- forward
+// --------------------------------------------------------------------------------------------------
 
-constexpr int64_t kBlockN = 128;        // keys per tile: K, V and the score tile stay in the second-level cache
-constexpr int64_t kBlockM = 48;         // rows per tile: a multiple of every ISA's micro-kernel rows
-constexpr int64_t kEnoughTasks = 16;    // split the keys of a call with fewer row tiles than this
+constexpr int64_t kBlockM = 48;       // rows per tile: a multiple of every ISA's micro-kernel rows
+constexpr int64_t kEnoughTasks = 16;  // split the keys of a call with fewer row tiles than this
 constexpr int64_t kMinTilesPerSplit = 4;
 
 std::vector<RowTask> cut_rows(const FwdPlan& plan) {
   const PrefixAttnParams& params = plan.params;
   const int64_t group = params.group();
   const int64_t heads_per_tile =
-      params.seqlen_q < plan.block_m ? std::min(group, plan.block_m / std::max<int64_t>(params.seqlen_q, 1)) : 1;
+      params.seqlen_q < plan.block_m
+          ? std::min(group, plan.block_m / std::max<int64_t>(params.seqlen_q, 1))
+          : 1;
   std::vector<RowTask> tasks;
   for (int64_t b = 0; b < params.batch; ++b) {
     const KeyMask mask = key_mask(params, b);
@@ -164,7 +174,8 @@ std::vector<RowTask> cut_rows(const FwdPlan& plan) {
           task.row0 = row0;
           task.rows = std::min(plan.block_m, params.seqlen_q - row0);
           const int64_t p_hi = query_position(mask.first_position, row0 + task.rows - 1);
-          const int64_t end = mask.flags ? mask.seqlen_k : visible_key_end(p_hi, mask.prefix_len, mask.end);
+          const int64_t end =
+              mask.flags ? mask.seqlen_k : visible_key_end(p_hi, mask.prefix_len, mask.end);
           task.cost = task.heads * task.rows * std::max<int64_t>(end - mask.start, 0);
           task.tile_begin = 0;
           task.tile_end = plan.keys.count;
@@ -174,8 +185,10 @@ std::vector<RowTask> cut_rows(const FwdPlan& plan) {
   return tasks;
 }
 
-// Every task becomes plan.splits consecutive ones over runs of key tiles, each with its own partial result.
-std::vector<RowTask> split_keys(const FwdPlan& plan, const std::vector<RowTask>& whole, float* partial) {
+// Every task becomes plan.splits consecutive ones over runs of key tiles, each with its own partial
+// result.
+std::vector<RowTask> split_keys(const FwdPlan& plan, const std::vector<RowTask>& whole,
+                                float* partial) {
   std::vector<RowTask> tasks;
   tasks.reserve(whole.size() * plan.splits);
   for (const RowTask& task : whole)
@@ -198,7 +211,9 @@ void run_forward(const Tensor& q, const PrefixAttnParams& params) {
   plan.block_m = std::min(kBlockM, params.group() * params.seqlen_q);
   plan.padded_dim = round_up(params.head_dim, isa.lanes);
   KeyTileData key_data;
-  plan.keys = key_data.build(params, std::min(kBlockN, round_up(std::max<int64_t>(params.seqlen_k, 1), isa.panel)));
+  plan.keys = key_data.build(
+      params,
+      std::min<int64_t>(kMaxBlockN, round_up(std::max<int64_t>(params.seqlen_k, 1), isa.panel)));
   std::vector<RowTask> tasks = cut_rows(plan);
   if (tasks.empty()) return;
   double cost = 0.0;
@@ -207,31 +222,36 @@ void run_forward(const Tensor& q, const PrefixAttnParams& params) {
 
   const int64_t count = static_cast<int64_t>(tasks.size());
   if (count < kEnoughTasks)
-    plan.splits = std::max<int64_t>(1, std::min(ceil_div(kEnoughTasks, count), plan.keys.count / kMinTilesPerSplit));
+    plan.splits = std::max<int64_t>(
+        1, std::min(ceil_div(kEnoughTasks, count), plan.keys.count / kMinTilesPerSplit));
   Tensor partial, packed;
   if (plan.splits > 1) {
-    partial = torch::stable::new_empty(q, {count * plan.splits * plan.partial_floats()}, ScalarType::Float);
+    partial = torch::stable::new_empty(q, {count * plan.splits * plan.partial_floats()},
+                                       ScalarType::Float);
     tasks = split_keys(plan, tasks, static_cast<float*>(partial.mutable_data_ptr()));
   } else {
-    std::stable_sort(tasks.begin(), tasks.end(), [](const RowTask& a, const RowTask& b) { return a.cost > b.cost; });
+    std::stable_sort(tasks.begin(), tasks.end(),
+                     [](const RowTask& a, const RowTask& b) { return a.cost > b.cost; });
   }
 
   // A KV head read by one or two row tiles is packed by them; otherwise once, for all of them.
   const int64_t kv_heads = params.batch * params.heads_kv;
   if (count > 2 * kv_heads) {
     const int64_t tiles = kv_heads * plan.keys.count;
-    packed = torch::stable::new_empty(q, {tiles * (plan.k_tile_floats() + plan.v_tile_floats())}, ScalarType::Float);
+    packed = torch::stable::new_empty(q, {tiles * (plan.k_tile_floats() + plan.v_tile_floats())},
+                                      ScalarType::Float);
     plan.packed_k = static_cast<float*>(packed.mutable_data_ptr());
     plan.packed_v = plan.packed_k + tiles * plan.k_tile_floats();
     run_tasks(tiles, 0, flops, [&](int64_t index, float*) {
       const int64_t head = index / plan.keys.count;
-      isa.pack_kv_tile[dtype](plan, head / params.heads_kv, head % params.heads_kv, index % plan.keys.count,
-                              plan.packed_k + index * plan.k_tile_floats(),
+      isa.pack_kv_tile[dtype](plan, head / params.heads_kv, head % params.heads_kv,
+                              index % plan.keys.count, plan.packed_k + index * plan.k_tile_floats(),
                               plan.packed_v + index * plan.v_tile_floats());
     });
   }
-  run_tasks(static_cast<int64_t>(tasks.size()), plan.scratch_floats(), flops,
-            [&](int64_t index, float* scratch) { isa.fwd_row_tile[dtype](plan, tasks[index], scratch); });
+  run_tasks(
+      static_cast<int64_t>(tasks.size()), plan.scratch_floats(), flops,
+      [&](int64_t index, float* scratch) { isa.fwd_row_tile[dtype](plan, tasks[index], scratch); });
   if (plan.splits > 1)
     run_tasks(count, plan.padded_dim, flops / 64, [&](int64_t index, float* scratch) {
       isa.merge_splits[dtype](plan, tasks[index * plan.splits], scratch);
@@ -239,25 +259,32 @@ void run_forward(const Tensor& q, const PrefixAttnParams& params) {
 }
 
 std::tuple<Tensor, Tensor> prefix_attn(Tensor q, Tensor k, Tensor v, OptionalTensor prefix_len,
-                                       OptionalTensor key_range, OptionalTensor query_start, OptionalTensor key_flags,
-                                       OptionalTensor segment_ids, OptionalTensor alibi_slopes,
+                                       OptionalTensor key_range, OptionalTensor query_start,
+                                       OptionalTensor key_flags, OptionalTensor segment_ids,
+                                       OptionalTensor alibi_slopes,
                                        std::optional<double> softmax_scale, int64_t window) {
-  PrefixAttnTensors tensors{q, k, v, prefix_len, key_range, query_start, key_flags, segment_ids, alibi_slopes};
+  PrefixAttnTensors tensors{q,           k,         v,           prefix_len,  key_range,
+                            query_start, key_flags, segment_ids, alibi_slopes};
   PrefixAttnParams params = check_prefix_attn(tensors, softmax_scale, window);
   check_key_range_values(params);
-  Tensor out = torch::stable::new_empty(q, {params.batch, params.seqlen_q, params.heads_q, params.head_dim});
-  Tensor lse = torch::stable::new_empty(q, {params.batch, params.heads_q, params.seqlen_q}, ScalarType::Float);
+  Tensor out =
+      torch::stable::new_empty(q, {params.batch, params.seqlen_q, params.heads_q, params.head_dim});
+  Tensor lse = torch::stable::new_empty(q, {params.batch, params.heads_q, params.seqlen_q},
+                                        ScalarType::Float);
   params.out = view_of(out);
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
   run_forward(q, params);
   return {out, lse};
 }
 
-// --- backward -------------------------------------------------------------------------------------------------
+// --- backward
+// -------------------------------------------------------------------------------------------------
 
 constexpr int64_t kBwdBlockM = 64;
-constexpr int64_t kBwdBlockN = 96;      // halved above head_dim 128, so that a tile pair stays in the second-level cache
-constexpr int64_t kEnoughUnits = 8;     // cut the keys of a call with fewer KV heads than this into chunks
+constexpr int64_t kBwdBlockN =
+    96;  // halved above head_dim 128, so that a tile pair stays in the second-level cache
+constexpr int64_t kEnoughUnits =
+    8;  // cut the keys of a call with fewer KV heads than this into chunks
 
 void run_backward(const Tensor& q, const PrefixAttnParams& params, const PrefixAttnGrads& grads) {
   const Kernels& isa = kernels();
@@ -270,22 +297,27 @@ void run_backward(const Tensor& q, const PrefixAttnParams& params, const PrefixA
   plan.padded_rows = round_up(params.seqlen_q, plan.block_m);
   KeyTileData key_data;
   const int64_t block_n = params.head_dim <= 128 ? kBwdBlockN : kBwdBlockN / 2;
-  plan.keys = key_data.build(params, std::min(block_n, round_up(std::max<int64_t>(params.seqlen_k, 1), 8)));
+  plan.keys =
+      key_data.build(params, std::min(block_n, round_up(std::max<int64_t>(params.seqlen_k, 1), 8)));
   const int64_t kv_heads = params.batch * params.heads_kv;
   if (kv_heads == 0) return;
   plan.chunks = std::max<int64_t>(1, std::min(ceil_div(kEnoughUnits, kv_heads), plan.keys.count));
-  const double flops = 10.0 * static_cast<double>(params.batch * params.heads_q) * params.seqlen_q * params.seqlen_k *
-                       params.head_dim;
-  Tensor dq_parts = torch::stable::new_empty(q, {plan.chunks * plan.dq_part_floats()}, ScalarType::Float);
+  const double flops = 10.0 * static_cast<double>(params.batch * params.heads_q) * params.seqlen_q *
+                       params.seqlen_k * params.head_dim;
+  Tensor dq_parts =
+      torch::stable::new_empty(q, {plan.chunks * plan.dq_part_floats()}, ScalarType::Float);
   plan.dq_parts = static_cast<float*>(dq_parts.mutable_data_ptr());
-  std::vector<double> dslope_parts(grads.dalibi_slopes ? plan.chunks * params.batch * params.heads_q : 0);
+  std::vector<double> dslope_parts(grads.dalibi_slopes ? plan.chunks * params.batch * params.heads_q
+                                                       : 0);
   plan.dslope_parts = grads.dalibi_slopes ? dslope_parts.data() : nullptr;
 
   // The last chunks of a causal mask hold as much work as the first: tiles are dealt out in turn.
-  run_tasks(kv_heads * plan.chunks, plan.scratch_floats(), flops, [&](int64_t index, float* scratch) {
-    const int64_t head = index / plan.chunks;
-    isa.bwd_unit[dtype](plan, {head / params.heads_kv, head % params.heads_kv, index % plan.chunks}, scratch);
-  });
+  run_tasks(
+      kv_heads * plan.chunks, plan.scratch_floats(), flops, [&](int64_t index, float* scratch) {
+        const int64_t head = index / plan.chunks;
+        isa.bwd_unit[dtype](
+            plan, {head / params.heads_kv, head % params.heads_kv, index % plan.chunks}, scratch);
+      });
   const int64_t row_tiles = ceil_div(params.seqlen_q, plan.block_m);
   run_tasks(params.batch * params.heads_q * row_tiles, 0, flops / 64, [&](int64_t index, float*) {
     const int64_t head = index / row_tiles, row0 = index % row_tiles * plan.block_m;
@@ -303,10 +335,12 @@ void run_backward(const Tensor& q, const PrefixAttnParams& params, const PrefixA
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_attn_backward(
     Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-    OptionalTensor prefix_len, OptionalTensor key_range, OptionalTensor query_start, OptionalTensor key_flags,
-    OptionalTensor segment_ids, OptionalTensor alibi_slopes, std::optional<double> softmax_scale, int64_t window) {
+    OptionalTensor prefix_len, OptionalTensor key_range, OptionalTensor query_start,
+    OptionalTensor key_flags, OptionalTensor segment_ids, OptionalTensor alibi_slopes,
+    std::optional<double> softmax_scale, int64_t window) {
   constexpr const char* kOp = "prefix_attn_backward";
-  PrefixAttnTensors tensors{q, k, v, prefix_len, key_range, query_start, key_flags, segment_ids, alibi_slopes};
+  PrefixAttnTensors tensors{q,           k,         v,           prefix_len,  key_range,
+                            query_start, key_flags, segment_ids, alibi_slopes};
   PrefixAttnParams params = check_prefix_attn(tensors, softmax_scale, window);
   check_key_range_values(params);
   PrefixAttnGrads grads;
@@ -322,7 +356,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_attn_backward(
     return torch::stable::new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
   };
   Tensor dq = like(q), dk = like(k), dv = like(v);
-  Tensor dslopes = torch::stable::new_empty(q, {alibi_slopes ? params.heads_q : 0}, ScalarType::Float);
+  Tensor dslopes =
+      torch::stable::new_empty(q, {alibi_slopes ? params.heads_q : 0}, ScalarType::Float);
   grads.dq = view_of(dq);
   grads.dk = view_of(dk);
   grads.dv = view_of(dv);

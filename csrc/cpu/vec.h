@@ -1,9 +1,10 @@
 // The lane type of the CPU kernels: a compiler vector of INTERNVL_LANES floats.
 //
-// Arithmetic uses the operators of GCC and Clang vector types, so one source serves every instruction set; the few
-// operations that compilers lower badly have an intrinsic form where the target offers one. Everything here is
-// always_inline and lives in the namespace of the including isa_*.cpp: a function compiled for AVX-512 must never be
-// picked by the linker for an older processor. For the same reason kernels use no templates of the standard library.
+// Arithmetic uses the operators of GCC and Clang vector types, so one source serves every
+// instruction set; the few operations that compilers lower badly have an intrinsic form where the
+// target offers one. Everything here is always_inline and lives in the namespace of the including
+// isa_*.cpp: a function compiled for AVX-512 must never be picked by the linker for an older
+// processor. For the same reason kernels use no templates of the standard library.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +33,10 @@ typedef int32_t VecI __attribute__((vector_size(4 * INTERNVL_LANES)));
 typedef uint32_t VecU __attribute__((vector_size(4 * INTERNVL_LANES)));
 typedef uint16_t VecH __attribute__((vector_size(2 * INTERNVL_LANES)));
 typedef float VecUnaligned __attribute__((vector_size(4 * INTERNVL_LANES), aligned(4), may_alias));
-typedef int32_t VecIUnaligned __attribute__((vector_size(4 * INTERNVL_LANES), aligned(4), may_alias));
-typedef uint16_t VecHUnaligned __attribute__((vector_size(2 * INTERNVL_LANES), aligned(2), may_alias));
+typedef int32_t VecIUnaligned
+    __attribute__((vector_size(4 * INTERNVL_LANES), aligned(4), may_alias));
+typedef uint16_t VecHUnaligned
+    __attribute__((vector_size(2 * INTERNVL_LANES), aligned(2), may_alias));
 
 INTERNVL_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 INTERNVL_INLINE VecI load(const int32_t* p) { return *reinterpret_cast<const VecIUnaligned*>(p); }
@@ -90,24 +93,50 @@ INTERNVL_INLINE Vec minimum(Vec a, Vec b) {
 #endif
 }
 
+// Lane i of the result is lane i ^ kDistance.
+template <int kDistance, int... kLane>
+INTERNVL_INLINE Vec swap_lanes(Vec v, __attribute__((unused)) const int (*)[sizeof...(kLane)]) {
+  return __builtin_shufflevector(v, v, (kLane ^ kDistance)...);
+}
+
+template <int kDistance>
+INTERNVL_INLINE Vec swap_lanes(Vec v) {
+#if INTERNVL_LANES == 4
+  return swap_lanes<kDistance, 0, 1, 2, 3>(v, nullptr);
+#elif INTERNVL_LANES == 8
+  return swap_lanes<kDistance, 0, 1, 2, 3, 4, 5, 6, 7>(v, nullptr);
+#else
+  return swap_lanes<kDistance, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(v, nullptr);
+#endif
+}
+
 INTERNVL_INLINE float horizontal_max(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] < lanes[i + width] ? lanes[i + width] : lanes[i];
-  return lanes[0];
+#if INTERNVL_LANES >= 16
+  v = maximum(v, swap_lanes<8>(v));
+#endif
+#if INTERNVL_LANES >= 8
+  v = maximum(v, swap_lanes<4>(v));
+#endif
+  v = maximum(v, swap_lanes<2>(v));
+  v = maximum(v, swap_lanes<1>(v));
+  return v[0];
 }
 
 INTERNVL_INLINE float horizontal_sum(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+#if INTERNVL_LANES >= 16
+  v += swap_lanes<8>(v);
+#endif
+#if INTERNVL_LANES >= 8
+  v += swap_lanes<4>(v);
+#endif
+  v += swap_lanes<2>(v);
+  v += swap_lanes<1>(v);
+  return v[0];
 }
 
-// 2^x for x <= 128. Degree-5 minimax on [-1/2, 1/2], relative error 9.2e-8 before rounding; exactly 0 from -127 down, so that
-// masked scores of -inf vanish; NaN stays NaN. The rounding trick leaves round(x) in the low bits of `shifted`.
+// 2^x for x <= 128. Degree-5 minimax on [-1/2, 1/2], relative error 9.2e-8 before rounding; exactly
+// 0 from -127 down, so that masked scores of -inf vanish; NaN stays NaN. The rounding trick leaves
+// round(x) in the low bits of `shifted`.
 INTERNVL_INLINE Vec exp2(Vec x) {
   const Vec clamped = maximum(broadcast(-127.0f), x);
   const Vec shifted = clamped + 12582912.0f;
@@ -121,9 +150,12 @@ INTERNVL_INLINE Vec exp2(Vec x) {
   return poly * as_float((as_bits(shifted) << 23) + (127u << 23));
 }
 
-// --- 16-bit formats -------------------------------------------------------------------------------------------
+// --- 16-bit formats
+// -------------------------------------------------------------------------------------------
 
-INTERNVL_INLINE Vec bfloat16_to_float(VecH h) { return as_float(__builtin_convertvector(h, VecU) << 16); }
+INTERNVL_INLINE Vec bfloat16_to_float(VecH h) {
+  return as_float(__builtin_convertvector(h, VecU) << 16);
+}
 
 // Round to nearest even; NaN becomes a quiet NaN.
 INTERNVL_INLINE VecH float_to_bfloat16(Vec x) {
@@ -142,7 +174,8 @@ INTERNVL_INLINE Vec float16_to_float(VecH h) {
 #else
   const VecU bits = __builtin_convertvector(h, VecU);
   const VecU magnitude = (bits & 0x7fffu) << 13;
-  const Vec scaled = as_float(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent bias, subnormals too
+  const Vec scaled =
+      as_float(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent bias, subnormals too
   const VecI special = magnitude >= (0x7c00u << 13);
   const VecU result = special ? (magnitude | 0x7f800000u) : as_bits(scaled);
   return as_float(result | ((bits & 0x8000u) << 16));
@@ -159,7 +192,8 @@ INTERNVL_INLINE VecH float_to_float16(Vec x) {
   const VecU sign = (as_bits(x) >> 16) & 0x8000u;
   const VecU bits = as_bits(x) & 0x7fffffffu;
   const VecU normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
-  const VecU subnormal = as_bits(as_float(bits) + 0.5f) - (126u << 23);  // adding 1/2 rounds at half's last place
+  const VecU subnormal =
+      as_bits(as_float(bits) + 0.5f) - (126u << 23);  // adding 1/2 rounds at half's last place
   VecU result = bits < (113u << 23) ? subnormal : normal;
   result = bits >= 0x477ff000u ? (VecU{} + 0x7c00u) : result;
   result = bits > 0x7f800000u ? (VecU{} + 0x7e00u) : result;
@@ -167,7 +201,8 @@ INTERNVL_INLINE VecH float_to_float16(Vec x) {
 #endif
 }
 
-// --- element types --------------------------------------------------------------------------------------------
+// --- element types
+// --------------------------------------------------------------------------------------------
 
 template <DType kType>
 struct Element;
@@ -218,9 +253,12 @@ INTERNVL_INLINE void store_partial(typename Element<kType>::type* p, Vec x, int6
 
 // kLanes x kLanes transposition in registers: log2(kLanes) rounds of pairwise interleaving.
 template <int kDistance, int... kLane>
-INTERNVL_INLINE void interleave(Vec& a, Vec& b, __attribute__((unused)) const int (*)[sizeof...(kLane)]) {
-  const Vec low = __builtin_shufflevector(a, b, ((kLane & kDistance) ? kLanes + kLane - kDistance : kLane)...);
-  const Vec high = __builtin_shufflevector(a, b, ((kLane & kDistance) ? kLanes + kLane : kLane + kDistance)...);
+INTERNVL_INLINE void interleave(Vec& a, Vec& b,
+                                __attribute__((unused)) const int (*)[sizeof...(kLane)]) {
+  const Vec low =
+      __builtin_shufflevector(a, b, ((kLane & kDistance) ? kLanes + kLane - kDistance : kLane)...);
+  const Vec high =
+      __builtin_shufflevector(a, b, ((kLane & kDistance) ? kLanes + kLane : kLane + kDistance)...);
   a = low;
   b = high;
 }

@@ -101,9 +101,7 @@ def classify_tile(p_lo, p_hi, j_lo, j_hi, prefix_len, start, end, window):
     return TILE_FULL if causal_covers(p_lo, p_hi, max(j_lo, prefix_len), j_hi, window) else TILE_PARTIAL
 
 
-def classify_tile_flags(
-    p_lo, p_hi, j_lo, j_hi, any_valid, all_valid, any_bidirectional, all_bidirectional, window
-):
+def classify_tile_flags(p_lo, p_hi, j_lo, j_hi, any_valid, all_valid, any_bidirectional, all_bidirectional, window):
     """Class under key flags, from what the tile's flags look like as a whole; conservative.
 
     ``any``/``all`` of bidirectional are over the valid keys of the tile.
