@@ -77,6 +77,11 @@ def test_key_padding_mask_and_bias_combine():
         want, _, _ = eager(q, k, v, 4, attn_bias=bias, key_padding_mask=padding, is_causal=True)
     got, _, _ = attention.flash_attn_fn(q, k, v, 4, attn_bias=bias, key_padding_mask=padding, is_causal=True)
     torch.testing.assert_close(got[padding], want[padding], atol=1e-5, rtol=1e-4)
+    twice = AttnBias(alibi_slopes=attention.gen_slopes(4).flatten(), key_padding_mask=padding.roll(1, 1))
+    got, _, _ = attention.flash_attn_fn(q, k, v, 4, attn_bias=twice, key_padding_mask=padding, is_causal=True)
+    once = AttnBias(alibi_slopes=twice.alibi_slopes, key_padding_mask=padding & padding.roll(1, 1))
+    want, _, _ = attention.flash_attn_fn(q, k, v, 4, attn_bias=once, is_causal=True)
+    torch.testing.assert_close(got, want, atol=0, rtol=0)
     structured = AttnBias(
         alibi_slopes=attention.gen_slopes(4).flatten(), key_range=torch.tensor([[2, 9], [0, 9]], dtype=torch.int32)
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -30,7 +31,8 @@ class CacheSlot:
         A static cache hands back its whole buffer: the empty slots are cut off as a view.
         """
         filled = self.start + key.shape[2]
-        key, value = self.cache.update(key, value, self.layer)
+        position = torch.arange(self.start, filled, device=key.device)  # static caches before transformers 5 ask
+        key, value = self.cache.update(key, value, self.layer, {"cache_position": position})
         return key[:, :, :filled], value[:, :, :filled]
 
 
