@@ -35,7 +35,7 @@ def _load() -> str | None:
 
 def build_info() -> dict:
     """What was compiled (version, cuda, head dims, ISAs), from ``_C``; empty when it is not built."""
-    return {} if LIBRARY_ERROR else dict(importlib.import_module("internvl_kernels._C").build_info())
+    return _BUILD_INFO
 
 
 def cpu_info() -> dict:
@@ -238,3 +238,5 @@ def _register() -> torch.library.Library:
 
 LIBRARY_ERROR = _load()
 _LIBRARY = None if LIBRARY_ERROR else _register()
+# Read once: a tracer that follows the choice of a backend must meet plain data.
+_BUILD_INFO: dict = {} if LIBRARY_ERROR else dict(importlib.import_module("internvl_kernels._C").build_info())
