@@ -35,7 +35,7 @@ def _load() -> str | None:
 
 def build_info() -> dict:
     """What was compiled (version, cuda, head dims, ISAs), from ``_C``; empty when it is not built."""
-    return _BUILD_INFO
+    return dict(_BUILD_INFO)
 
 
 def cpu_info() -> dict:
