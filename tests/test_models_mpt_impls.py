@@ -144,3 +144,21 @@ def test_bf16(impl, how):
     scale = exact.logits.std()
     assert (low.logits.float() - exact.logits).abs().max() < 0.2 * scale
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_no_graph_break():
+    """The fused path is one graph, in training and for another length too."""
+    model = MPTModel(tiny_config("multiquery_attention", alibi=True, prefix_lm=True, qk_ln=True, clip_qkv=2.0)).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (9, 13):
+        ids = torch.randint(0, 50, (2, length))
+        given = masks(2, length, True, False, False) | {
+            "attention_mask": torch.ones(2, length).index_fill(1, torch.tensor([length - 1]), 0)
+        }
+        want, got = model(ids, **given).last_hidden_state, compiled(ids, **given).last_hidden_state
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+        grads = [
+            torch.autograd.grad(hidden.square().sum(), model.blocks[0].attn.Wqkv.weight)[0] for hidden in (want, got)
+        ]
+        torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)

@@ -53,7 +53,9 @@ class MaskInputs:
                     f"{name} has shape {list(mask.shape)}; expected [batch, keys] = {list(shape)}, cached keys included"
                 )
         attention_mask = None if attention_mask is None else attention_mask.bool()
-        if training and attention_mask is not None and not bool(attention_mask[:, 0].all()):
+        # A tracer cannot read the mask; left padding while training then goes unnoticed.
+        readable = attention_mask is not None and not torch.compiler.is_compiling()
+        if training and readable and not bool(attention_mask[:, 0].all()):
             raise NotImplementedError("attention_mask pads on the left; training needs padding on the right")
         return cls(attention_mask, None if prefix_mask is None else prefix_mask.bool(), sequence_id)
 
