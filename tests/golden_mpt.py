@@ -24,7 +24,7 @@ EXTRAPOLATES = (
 )
 
 
-def rows_layout(past, n_heads: int):
+def rows_layout(past):
     """Cached (k [B, Hkv, hd, T], v [B, Hkv, T, hd]) pairs, nested anyhow, as (k, v) of [B, T, Hkv * hd]."""
     if past is None or len(past) == 0:
         return past
@@ -32,7 +32,7 @@ def rows_layout(past, n_heads: int):
         if past[0].dim() == 3:
             return tuple(past)
         return (rearrange(past[0], "b h d t -> b t (h d)"), rearrange(past[1], "b h t d -> b t (h d)"))
-    return type(past)(rows_layout(slot, n_heads) for slot in past)
+    return type(past)(rows_layout(slot) for slot in past)
 
 
 def seen_rows(batch: int, seqlen_q: int, seqlen_k: int, bias, padding, is_causal: bool) -> Tensor:
@@ -93,15 +93,15 @@ def run_functions(case: Case, impl: str):
             yield outcome if outcome.problems else Outcome(name, not_applicable=ARBITRARY_BIAS)
             continue
         if "past_key_value" in kwargs:
-            kwargs["past_key_value"] = rows_layout(kwargs["past_key_value"], kwargs["n_heads"])
+            kwargs["past_key_value"] = rows_layout(kwargs["past_key_value"])
         out, _, past = function(**kwargs)
         batch, seqlen_q = kwargs["query"].shape[:2]
-        seqlen_k = kwargs["key"].shape[1] + (past[0].shape[1] - kwargs["key"].shape[1] if past else 0)
+        seqlen_k = (past[0] if past else kwargs["key"]).shape[1]
         rows = seen_rows(
             batch, seqlen_q, seqlen_k, bias, kwargs.get("key_padding_mask"), kwargs.get("is_causal", False)
         )
         outcome = check_rows(name, out, call["outputs"]["out"], rows, torch.zeros(()), case.tolerance(call))
-        want = rows_layout(call["outputs"]["past_key_value"], kwargs["n_heads"])
+        want = rows_layout(call["outputs"]["past_key_value"])
         outcome.problems += differences({"past": past}, {"past": want}, *case.tolerance(call))
         yield outcome
 
@@ -125,8 +125,8 @@ def run_modules(case: Case, impl: str):
         if impl != "torch":
             kwargs.pop("needs_weights", None)
             want.pop("attn_weights", None)
-            kwargs["past_key_value"] = rows_layout(kwargs.get("past_key_value"), module.n_heads)
-            want["past_key_value"] = rows_layout(want["past_key_value"], module.n_heads)
+            kwargs["past_key_value"] = rows_layout(kwargs.get("past_key_value"))
+            want["past_key_value"] = rows_layout(want["past_key_value"])
         kwargs["x"].requires_grad_("grads" in call)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -213,15 +213,14 @@ def run_model_call(case: Case, call: dict, model: MPTForCausalLM, impl: str) -> 
     if impl != "torch":
         kwargs.pop("output_attentions", None)
     rows = kwargs.get(call.get("valid_rows"))
-    heads = model.config.n_heads
     if impl != "torch" and "past_key_values" in kwargs:
-        kwargs["past_key_values"] = rows_layout(kwargs["past_key_values"], heads)
+        kwargs["past_key_values"] = rows_layout(kwargs["past_key_values"])
     target = model.transformer if call.get("target") == "transformer" else model
     outputs = target(**kwargs)
     got = {key: outputs[key] for key in want}
     if "past_key_values" in want:  # compared row by row, so that valid_rows applies to caches too
-        got["past_key_values"] = rows_layout(got["past_key_values"], heads)
-        want["past_key_values"] = rows_layout(want["past_key_values"], heads)
+        got["past_key_values"] = rows_layout(got["past_key_values"])
+        want["past_key_values"] = rows_layout(want["past_key_values"])
     problems = differences(got, want, *tolerance, rows=rows)
     if "grads" in call:
         problems += grad_differences(case, call, model, {}, outputs.loss)
@@ -247,7 +246,7 @@ def run_errors(case: Case, impl: str):
         method = target if call["method"] == "forward" else getattr(target, call["method"])
         kwargs = call["kwargs"]
         if impl != "torch" and "past_key_values" in kwargs:
-            kwargs["past_key_values"] = rows_layout(kwargs["past_key_values"], model.config.n_heads)
+            kwargs["past_key_values"] = rows_layout(kwargs["past_key_values"])
         if name == "too_long" and impl != "torch":
             method(**kwargs)
             yield Outcome(name, deviation=EXTRAPOLATES)
