@@ -116,15 +116,17 @@ void check_exclusive(const OptionalTensor& flags, const char* name, const Option
 // they are not.
 int64_t row_stride(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  if (last == 0) return tensor.size(0);
-  int64_t expected = tensor.stride(last - 1);
-  const int64_t stride = expected;
+  int64_t stride = tensor.size(last);  // of a single row: any will do
+  int64_t expected = -1;
   for (int64_t d = last - 1; d >= 0; --d) {
-    if (tensor.size(d) == 1) continue;
-    if (d != last - 1 && tensor.stride(d) != expected) return -1;
+    if (tensor.size(d) == 1) continue;  // its stride says nothing
+    if (expected < 0)
+      stride = tensor.stride(d);
+    else if (tensor.stride(d) != expected)
+      return -1;
     expected = tensor.stride(d) * tensor.size(d);
   }
-  return tensor.size(last - 1) == 1 && tensor.numel() != tensor.size(last) ? -1 : stride;
+  return stride;
 }
 
 const void* parameter_data(const char* name, OptionalTensor& tensor, const Tensor& qkv,

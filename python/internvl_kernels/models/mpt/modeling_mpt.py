@@ -149,7 +149,8 @@ class MPTModel(MPTPreTrainedModel):
 
         hidden_states, attentions, new_slots = [], [], []
         for layer, block in enumerate(self.blocks):
-            hidden_states.append(x)
+            if output_hidden_states:
+                hidden_states.append(x)
             x, weights, slot = block(
                 x,
                 past_key_value=None if slots is None else slots[layer],
@@ -160,7 +161,8 @@ class MPTModel(MPTPreTrainedModel):
             attentions.append(weights)
             new_slots.append(slot)
         x = self.norm_f(x)
-        hidden_states.append(x)
+        if output_hidden_states:
+            hidden_states.append(x)
         if isinstance(past_key_values, Cache):
             new_slots = past_key_values
         return BaseModelOutputWithPast(
