@@ -95,11 +95,11 @@ def select(op: str, tensor: Tensor, requested: str | None = None) -> Callable:
         from . import env  # here, so that `python -m internvl_kernels.env` is not imported before it runs
 
         requested = env.default_backend()
-    return _select(op, tensor.device.type, tensor.dtype, requested)
+    choose = _choose if torch.compiler.is_compiling() else _remembered_choice  # a trace cannot look into the cache
+    return choose(op, tensor.device.type, tensor.dtype, requested)
 
 
-@functools.cache
-def _select(op: str, device: str, dtype: torch.dtype, requested: str | None) -> Callable:
+def _choose(op: str, device: str, dtype: torch.dtype, requested: str | None) -> Callable:
     if requested is not None:
         if requested not in BACKENDS:
             raise ValueError(f"backend is {requested!r}; allowed: {', '.join(map(repr, BACKENDS))}")
@@ -121,3 +121,6 @@ def _select(op: str, device: str, dtype: torch.dtype, requested: str | None) -> 
         + "\n  ".join(refusals)
         + "\nbackend='reference' runs anywhere in dense memory"
     )
+
+
+_remembered_choice = functools.cache(_choose)
