@@ -44,7 +44,8 @@ lint: $(ENV)/.internvl-kernels/lint
 
 clean:
 	rm -rf build dist python/*.egg-info python/internvl_kernels/*.so $(ENV)/.internvl-kernels
-	find python triton_kernels tests bench examples -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .ruff_cache .benchmarks
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # ---- the environment: one stamp per group of requirements, kept in the environment itself ----
 
