@@ -1,0 +1,105 @@
+"""Runs a case on a backend and says what is wrong with the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from .bounds import Results, attention_bounds
+from .cases import Case, Inputs, build
+
+GRADIENT_NAMES = ("dq", "dk", "dv", "dalibi_slopes")
+EAGER_FACTOR = 2.0
+
+
+def device_of(backend: str) -> str:
+    """Where the tensors of a backend live."""
+    return "cuda" if backend in ("cuda", "triton") else "cpu"
+
+
+def run(operator: Callable, inputs: Inputs, gradients: str | None = "both") -> Results:
+    """out, lse and the gradients through "both", "out" or "lse" (None: no gradients) of one operator, on the CPU."""
+    track = gradients is not None
+    q, k, v = (t.detach().requires_grad_(track) for t in (inputs.q, inputs.k, inputs.v))
+    slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.detach().requires_grad_(track)
+    with torch.set_grad_enabled(track):
+        out, lse = operator(q, k, v, alibi_slopes=slopes, softmax_scale=inputs.softmax_scale, **inputs.mask)
+    results = {"out": out.detach(), "lse": lse.detach()}
+    if track:
+        pairs = {"out": (out, inputs.grad_out), "lse": (lse, inputs.grad_lse.to(lse.dtype))}
+        outputs, cotangents = zip(*(pairs[n] for n in (pairs if gradients == "both" else [gradients])), strict=True)
+        leaves = [q, k, v] if slopes is None else [q, k, v, slopes]
+        grads = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
+        grads = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
+        results |= zip(GRADIENT_NAMES, grads, strict=False)
+    return {name: result.cpu() for name, result in results.items()}
+
+
+def oracle(inputs: Inputs, gradients: str | None = "both") -> Results:
+    """What the results should be: the reference in float64."""
+    return run(reference.prefix_attn, inputs.to(torch.float64), gradients)
+
+
+def mismatches(got: Results, truth: Results, bounds: Results, eager: Callable[[], Results] | None = None) -> list[str]:
+    """One sentence per result that breaks the rule; ``eager`` is run only when a bound alone is exceeded.
+
+    NaN and infinities must stand at the same places with the same sign; the rule holds for the rest.
+    """
+    problems, eager_results = [], None
+    for name, right in truth.items():
+        found, right = got[name].double(), right.double()
+        if found.shape != right.shape:
+            problems.append(f"{name}: shape {list(found.shape)}, expected {list(right.shape)}")
+            continue
+        odd = ~right.isfinite() | ~found.isfinite()
+        wrong = odd & ~((found == right) | (found.isnan() & right.isnan()))
+        if wrong.any():
+            problems.append(f"{name}: {_first(wrong, found, right)} and {int(wrong.sum()) - 1} more not finite alike")
+        error = (found - right).abs().masked_fill(odd, 0)
+        over = error > bounds[name]
+        if over.any() and eager is not None:
+            eager_results = eager_results or eager()
+            loss = (eager_results[name].double() - right).abs().masked_fill(odd, 0).nan_to_num(posinf=0)
+            over = error > bounds[name] + EAGER_FACTOR * _per_head(name, loss)
+        if over.any():
+            worst = (error / bounds[name]).masked_fill(~over, 0).max()
+            problems.append(
+                f"{name}: {int(over.sum())} of {over.numel()} off, up to {worst:.3g} x the bound; "
+                f"{_first(over, found, right)}"
+            )
+    return problems
+
+
+def _per_head(name: str, loss: Tensor) -> Tensor:
+    """The largest loss of each (batch row, head), broadcastable."""
+    if loss.numel() == 0 or name == "dalibi_slopes":
+        return loss
+    return loss.amax(2, keepdim=True) if name == "lse" else loss.amax((1, 3), keepdim=True)
+
+
+def _first(where: Tensor, found: Tensor, right: Tensor) -> str:
+    place = tuple(where.nonzero()[0].tolist())
+    return f"{list(place)} is {found[place]:.9g}, expected {right[place]:.9g}"
+
+
+def correctness_gate(backend: str, case: Case, *, eager: bool | None = None) -> list[str]:
+    """What is wrong with ``backend`` on ``case``, one sentence each; empty when it passes.
+
+    ``eager`` grants twice the error of eager attention on top of the bounds. Default: to every backend but ``cpu``,
+    whose kernels keep everything in fp32 up to the last rounding.
+    """
+    inputs = build(case)
+    device = device_of(backend)
+    operator = backends.select("prefix_attn", inputs.q.to(device), backend)
+    got = run(operator, inputs.to(device=device) if device != "cpu" else inputs, case.gradients)
+    truth = oracle(inputs, case.gradients)
+    granted = backend != "cpu" if eager is None else eager
+    return mismatches(
+        got,
+        truth,
+        attention_bounds(inputs, truth),
+        (lambda: run(reference.prefix_attn, inputs, case.gradients)) if granted else None,
+    )
