@@ -14,6 +14,9 @@ bool has_avx2() {
 }
 
 bool has_avx512() {
+#if defined(INTERNVL_AVX512_ON_AVX2)
+  return has_avx2();
+#endif
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
