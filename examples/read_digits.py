@@ -1,7 +1,7 @@
 """A small vision-language model learns to read handwriting on the CPU, in a few minutes.
 
 Real scans of handwritten digits (scikit-learn) are laid out as pictures of several digits. A CLIP vision tower, a
-projector and a prefix-LM MPT (ALiBi, QK LayerNorm, clipped QKV), all on the compiled attention kernels, learn to answer
+projector and a prefix-LM MPT (ALiBi, QK LayerNorm, clipped QKV, on the compiled kernels) learn to answer
 "read the digits :"; then the model reads pictures made of scans that it has never seen.
 
     python examples/read_digits.py
@@ -249,10 +249,13 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading and writing files; training has its own
-    if options.read is not None:
-        read_file(options.read, options.checkpoint or options.out / "checkpoint")
-    else:
-        demonstrate(options)
+    try:
+        if options.read is not None:
+            read_file(options.read, options.checkpoint or options.out / "checkpoint")
+        else:
+            demonstrate(options)
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"read_digits: {error.name} is missing; run `make demo` or install the extra 'demo'") from None
 
 
 if __name__ == "__main__":

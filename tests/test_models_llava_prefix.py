@@ -140,6 +140,16 @@ def test_generate_equals_encoding_everything_each_step(prefix, side):
         assert alone[0, rows[b].shape[1] :].tolist() == wanted[b]
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_several_tokens_on_top_of_a_cache_are_causal(prefix):
+    model, data = model_of(prefix), batch()
+    row, images = data["input_ids"][1:], data["images"][1:]
+    full = model(input_ids=row, images=images, labels=data["labels"][1:]).logits
+    start = model(input_ids=row[:, :6], images=images, use_cache=True)
+    more = model(input_ids=row[:, 6:], images=images, past_key_values=start.past_key_values)
+    torch.testing.assert_close(torch.cat([start.logits, more.logits], 1), full, atol=1e-5, rtol=1e-4)
+
+
 def test_generate_with_beams_samples_and_scores():
     model, data = model_of(), batch()
     asked = {"inputs": data["input_ids"][1:, :6], "images": data["images"][1:], "max_new_tokens": 4}
