@@ -36,7 +36,7 @@ def pytest_runtest_makereport(item, call):
     arguments = getattr(item, "funcargs", {})
     backend = arguments.get("backend", "cpu")
     cases = {repr(value) for value in arguments.values() if type(value).__name__ == "Case"}
-    cases |= set(re.findall(r"\bCase\([^\n]*\)", str(call.excinfo.value)))
+    cases |= set(re.findall(r"^(?:AssertionError: )?(Case\(.*\))$", str(call.excinfo.value), re.MULTILINE))
     lines = [f'python -m internvl_kernels.testing --backend {backend} "{case}"' for case in sorted(cases)]
     lines.append(f'python -m pytest "{item.nodeid}"')
     report.sections.append(("rerun", "\n".join(lines)))
