@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from internvl_kernels import semantics
+from torch import Tensor
 
 from .cases import AttentionCase
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from internvl_kernels import semantics
+from torch import Tensor
 
 
 @dataclass(frozen=True)

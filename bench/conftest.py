@@ -60,9 +60,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
         return
     write = terminalreporter.write_line
     write("")
-    write(
-        f"ours against what a user would pick instead ({torch.get_num_threads()} threads, medians of interleaved rounds)"
-    )
+    threads = torch.get_num_threads()
+    write(f"ours against what a user would pick instead ({threads} threads, medians of interleaved rounds)")
     write(f"{'case':<44} {'ours ms':>9} {'GFLOP/s':>8}  speed-up over")
     for row in ROWS:
         ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["ratios"].items())

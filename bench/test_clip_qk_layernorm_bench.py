@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from internvl_kernels import clip_qk_layernorm
 
 ROWS, WIDTH, CLIP = 2048, 2048, 6.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from internvl_kernels import prefix_attention
 
 from . import baselines, cases, roofline

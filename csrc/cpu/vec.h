@@ -93,10 +93,18 @@ INTERNVL_INLINE Vec minimum(Vec a, Vec b) {
 #endif
 }
 
+// Lanes of a and b by constant index; b's lanes count from kLanes. Clang and GCC spell it
+// differently (GCC has Clang's name from 12 on).
+#if defined(__clang__)
+#define INTERNVL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define INTERNVL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
+#endif
+
 // Lane i of the result is lane i ^ kDistance.
 template <int kDistance, int... kLane>
 INTERNVL_INLINE Vec swap_lanes(Vec v, __attribute__((unused)) const int (*)[sizeof...(kLane)]) {
-  return __builtin_shufflevector(v, v, (kLane ^ kDistance)...);
+  return INTERNVL_SHUFFLE(v, v, (kLane ^ kDistance)...);
 }
 
 template <int kDistance>
@@ -256,9 +264,9 @@ template <int kDistance, int... kLane>
 INTERNVL_INLINE void interleave(Vec& a, Vec& b,
                                 __attribute__((unused)) const int (*)[sizeof...(kLane)]) {
   const Vec low =
-      __builtin_shufflevector(a, b, ((kLane & kDistance) ? kLanes + kLane - kDistance : kLane)...);
+      INTERNVL_SHUFFLE(a, b, ((kLane & kDistance) ? kLanes + kLane - kDistance : kLane)...);
   const Vec high =
-      __builtin_shufflevector(a, b, ((kLane & kDistance) ? kLanes + kLane : kLane + kDistance)...);
+      INTERNVL_SHUFFLE(a, b, ((kLane & kDistance) ? kLanes + kLane : kLane + kDistance)...);
   a = low;
   b = high;
 }
