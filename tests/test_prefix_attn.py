@@ -253,7 +253,8 @@ q, k, v = (torch.randn(1, S, 1, 16) for _ in range(3))
 grad = torch.ones_like(q)
 terms = {"prefix_len": torch.tensor([S // 4], dtype=torch.int32), "alibi_slopes": torch.tensor([0.5]), "window": 64}
 if sys.argv[2] == "flags":
-    terms["key_flags"], terms["segment_ids"] = torch.ones(1, S, dtype=torch.uint8), torch.arange(S, dtype=torch.int32)[None] // 4096
+    terms["key_flags"] = torch.ones(1, S, dtype=torch.uint8)
+    terms["segment_ids"] = torch.arange(S, dtype=torch.int32)[None] // 4096
     del terms["prefix_len"]
 q.requires_grad_()
 out, _ = torch.ops.internvl.prefix_attn(q[:, :64], k[:, :64], v[:, :64])
