@@ -159,17 +159,18 @@ INTERNVL_INLINE VecI visible_lanes(const KeyMask& mask, const FwdScratch& scratc
 }
 
 // How ALiBi enters a tile. Where every key lies on one side of every query, |p - j| is linear in
-// the key: one FMA with the tile's column index, and a constant per row that moves into the softmax
-// shift.
+// the key: one FMA with the distance from the tile's nearest column, and a constant per row that
+// moves into the softmax shift. (Counted from the farthest column, steep slopes would lose the near
+// keys.)
 enum class AlibiForm { kNone, kKeysBefore, kKeysAfter, kAbsolute };
 
-struct ColumnIndex {
-  float value[kMaxBlockN];
-  constexpr ColumnIndex() : value() {
-    for (int c = 0; c < kMaxBlockN; ++c) value[c] = static_cast<float>(c);
+struct ColumnOffsets {
+  float value[2 * kMaxBlockN];  // value[i] = i - (kMaxBlockN - 1)
+  constexpr ColumnOffsets() : value() {
+    for (int i = 0; i < 2 * kMaxBlockN; ++i) value[i] = static_cast<float>(i - (kMaxBlockN - 1));
   }
 };
-constexpr ColumnIndex kColumnIndex;
+constexpr ColumnOffsets kColumnOffsets;
 
 INTERNVL_INLINE AlibiForm alibi_form(bool alibi, int64_t p_lo, int64_t p_hi, int64_t j_lo,
                                      int64_t j_hi) {
@@ -190,8 +191,11 @@ INTERNVL_INLINE void softmax_row(const FwdPlan& plan, const KeyMask& mask,
   RowState& row = scratch.rows[r];
   float* s = scratch.s + r * plan.keys.block_n;
   const float distance0 = static_cast<float>(row.position - j_lo);  // p - j in column 0
+  const int64_t nearest = kAlibi == AlibiForm::kKeysBefore ? columns - 1 : 0;
+  const float* from_nearest = kColumnOffsets.value + (kMaxBlockN - 1) - nearest;
   const float gradient = kAlibi == AlibiForm::kKeysBefore ? row.slope_log2 : -row.slope_log2;
-  const float offset = kLinear ? -gradient * distance0 : 0.0f;
+  const float offset =
+      kLinear ? -gradient * static_cast<float>(row.position - j_lo - nearest) : 0.0f;
   const Vec slope = broadcast(kLinear ? gradient : row.slope_log2);
   const int32_t p = clamp_position(row.position, mask.seqlen_k, mask.window);
   const Vec distance = broadcast(distance0) - to_float(lane_index());
@@ -199,7 +203,7 @@ INTERNVL_INLINE void softmax_row(const FwdPlan& plan, const KeyMask& mask,
   Vec top = broadcast(-kInfinity);
   for (int64_t c = 0; c < columns; c += kLanes) {
     Vec x = load(s + c);
-    if (kLinear) x += slope * load(kColumnIndex.value + c);
+    if (kLinear) x += slope * load(from_nearest + c);
     if (kAlibi == AlibiForm::kAbsolute) x -= slope * absolute(distance - static_cast<float>(c));
     if (kPartial)
       x = select(visible_lanes(mask, scratch, row, p, j_lo, c), x, broadcast(-kInfinity));
@@ -222,7 +226,7 @@ INTERNVL_INLINE void softmax_row(const FwdPlan& plan, const KeyMask& mask,
   const Vec tile_shift = broadcast(shift - offset);
   for (int64_t c = 0; c < columns; c += kLanes) {
     Vec x = load(s + c) - tile_shift;
-    if (kLinear && !kStored) x += slope * load(kColumnIndex.value + c);
+    if (kLinear && !kStored) x += slope * load(from_nearest + c);
     const Vec probability = exp2(x);
     sum += probability;
     store(s + c, probability);
