@@ -57,9 +57,8 @@ def prefix_attention(
     if isinstance(prefix_len, int):
         prefix_len = torch.full((q.shape[0],), prefix_len, dtype=torch.int32, device=q.device)
     if bidirectional_mask is not None or key_padding_mask is not None:
-        shape = (k.shape[0], k.shape[1])
         prefix_len, key_range, key_flags = masks.key_terms(
-            bidirectional_mask, key_padding_mask, prefix_len, key_range, shape
+            bidirectional_mask, key_padding_mask, prefix_len, key_range, tuple(k.shape[:2])
         )
     out, lse = backends.select("prefix_attn", q, backend)(
         q,

@@ -44,6 +44,13 @@ def key_terms(
         if mask.dtype.is_floating_point or mask.dtype.is_complex:
             raise ValueError(f"prefix_attention: {name} has dtype {mask.dtype}; expected bool or an integer dtype")
 
+    for name, other, expected in (("prefix_len", prefix_len, shape[:1]), ("key_range", key_range, (*shape[:1], 2))):
+        if other is not None and (tuple(other.shape) != expected or other.dtype != torch.int32):
+            raise ValueError(
+                f"prefix_attention: {name} has shape {list(other.shape)} and dtype {other.dtype}; "
+                f"expected {list(expected)} and torch.int32"
+            )
+
     real = None if key_padding_mask is None else key_padding_mask != 0
     bidirectional = None if bidirectional_mask is None else bidirectional_mask != 0
     if _host_readable(real, bidirectional, prefix_len, key_range):

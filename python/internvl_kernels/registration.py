@@ -50,6 +50,38 @@ def cpu_info() -> dict:
     }
 
 
+def _check_devices(op: str, first: str, tensors: dict[str, Tensor | None]) -> None:
+    """One meta tensor among real ones would send the call here, and unwritten memory back to the caller."""
+    device = tensors[first].device
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}; {first} is on {device}")
+
+
+def _check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple) -> None:
+    if tensor is not None and (tensor.dim() != len(shape) or any(a != b for a, b in zip(tensor.shape, shape))):  # noqa: B905
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; expected {list(shape)}")
+
+
+def _check_prefix_attn(op: str, q: Tensor, k: Tensor, v: Tensor, terms: dict[str, Tensor | None]) -> None:
+    """What a tracer can know; csrc/common/check.cpp checks everything, with the same words."""
+    _check_devices(op, "q", {"q": q, "k": k, "v": v, **terms})
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; expected [batch, seqlen, heads, head_dim]")
+    (batch, _, heads, head_dim), (_, seqlen_k, heads_kv, _) = q.shape, k.shape
+    for name, tensor in (("k", k), ("v", v)):
+        _check_shape(op, name, tensor, (batch, seqlen_k, heads_kv, head_dim))
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; expected q's {q.dtype}")
+    if heads_kv == 0 or heads % heads_kv != 0:
+        raise ValueError(f"{op}: q has {heads} heads and k has {heads_kv}; expected a multiple")
+    shapes = {"key_range": (batch, 2), "alibi_slopes": (heads,)}
+    shapes |= dict.fromkeys(("key_flags", "segment_ids"), (batch, seqlen_k))
+    for name, tensor in terms.items():
+        _check_shape(op, name, tensor, shapes.get(name, (batch,)))
+
+
 def _fake_prefix_attn(
     q,
     k,
@@ -64,11 +96,18 @@ def _fake_prefix_attn(
     softmax_scale=None,
     window=0,
 ):
+    terms = {"prefix_len": prefix_len, "key_range": key_range, "query_start": query_start, "key_flags": key_flags}
+    _check_prefix_attn("prefix_attn", q, k, v, {**terms, "segment_ids": segment_ids, "alibi_slopes": alibi_slopes})
     batch, seqlen_q, heads_q, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
 
 
-def _fake_prefix_attn_backward(grad_out, grad_lse, q, k, v, out, lse, *, alibi_slopes=None, **mask):
+def _fake_prefix_attn_backward(
+    grad_out, grad_lse, q, k, v, out, lse, *, alibi_slopes=None, softmax_scale=None, window=0, **terms
+):
+    op = "prefix_attn_backward"
+    _check_prefix_attn(op, q, k, v, {**terms, "alibi_slopes": alibi_slopes})
+    _check_devices(op, "q", {"q": q, "grad_out": grad_out, "grad_lse": grad_lse, "out": out, "lse": lse})
     slopes = q.new_empty((0 if alibi_slopes is None else q.shape[2],), dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), slopes
 
@@ -167,6 +206,13 @@ def _prefix_attn_autocast(device_type: str):
 
 
 def _fake_clip_qk_layernorm(qkv, q_width, k_width, clip, q_weight, q_bias, k_weight, k_bias, eps):
+    op = "clip_qk_layernorm"
+    parameters = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    _check_devices(op, "qkv", {"qkv": qkv, **parameters})
+    if qkv.dim() == 0 or qkv.shape[-1] != q_width + 2 * k_width:
+        raise ValueError(f"{op}: qkv has shape {list(qkv.shape)}; expected [..., {q_width + 2 * k_width}]")
+    for name, parameter in parameters.items():
+        _check_shape(op, name, parameter, (q_width if name.startswith("q") else k_width,))
     rows = qkv.shape[:-1]
     q, k, v = (qkv.new_empty((*rows, width)) for width in (q_width, k_width, k_width))
     return q, k, v, qkv.new_empty((*rows, 4), dtype=torch.float32)
@@ -175,6 +221,9 @@ def _fake_clip_qk_layernorm(qkv, q_width, k_width, clip, q_weight, q_bias, k_wei
 def _fake_clip_qk_layernorm_backward(
     grad_q, grad_k, grad_v, qkv, q_width, k_width, clip, q_weight, k_weight, statistics
 ):
+    tensors = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v, "q_weight": q_weight, "k_weight": k_weight}
+    _check_devices("clip_qk_layernorm_backward", "qkv", {"qkv": qkv, **tensors, "statistics": statistics})
+
     def like(weight, width):
         return qkv.new_empty((0 if weight is None else width,), dtype=torch.float32)
 
