@@ -300,7 +300,11 @@ void run_backward(const Tensor& q, const PrefixAttnParams& params, const PrefixA
   plan.keys =
       key_data.build(params, std::min(block_n, round_up(std::max<int64_t>(params.seqlen_k, 1), 8)));
   const int64_t kv_heads = params.batch * params.heads_kv;
-  if (kv_heads == 0) return;
+  if (kv_heads == 0) {
+    if (grads.dalibi_slopes)
+      std::fill(grads.dalibi_slopes, grads.dalibi_slopes + params.heads_q, 0.0f);
+    return;
+  }
   plan.chunks = std::max<int64_t>(1, std::min(ceil_div(kEnoughUnits, kv_heads), plan.keys.count));
   const double flops = 10.0 * static_cast<double>(params.batch * params.heads_q) * params.seqlen_q *
                        params.seqlen_k * params.head_dim;

@@ -251,6 +251,11 @@ def _clip_qk_layernorm_backward(ctx, grad_q, grad_k, grad_v, _grad_statistics):
     return grad_qkv, None, None, None, *parameter_grads, None
 
 
+def _refuse_second_derivatives(_ctx, *_grads):
+    """Without it PyTorch only warns, and goes on with a wrong gradient."""
+    raise NotImplementedError("clip_qk_layernorm: second derivatives are not implemented")
+
+
 def prefix_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
     """``torch.ops.internvl.prefix_attn``, skipping the Python autograd kernel when no gradient is wanted."""
     op = torch.ops.internvl.prefix_attn.default
@@ -282,6 +287,7 @@ def _register() -> torch.library.Library:
     torch.library.register_autograd(
         "internvl::clip_qk_layernorm", _clip_qk_layernorm_backward, setup_context=_save_clip_qk_layernorm
     )
+    torch.library.register_autograd("internvl::clip_qk_layernorm_backward", _refuse_second_derivatives)
     return library
 
 
