@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips at once would disturb each other; Ninja compiles in parallel
-.PHONY: help build test demo bench lint clean FORCE
+.PHONY: help build test test-full demo bench lint clean FORCE
 
 PYTHON ?= python3
 VENV   ?= $(or $(VIRTUAL_ENV),.venv)
@@ -18,12 +18,13 @@ export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 help:
 	@echo "internvl-kernels: prefix-masked, ALiBi-biased attention for PyTorch"
 	@echo
-	@echo "  make demo     train a small model to read handwritten numbers, then let it read (about 4 minutes)"
-	@echo "  make test     build, then run the tests           (make test ARGS='-k layernorm -x')"
-	@echo "  make build    compile the extension in place; does nothing when nothing changed"
-	@echo "  make bench    build, then run the benchmarks      (make bench ARGS='-k forward')"
-	@echo "  make lint     formatting and code rules"
-	@echo "  make clean    remove everything that was built"
+	@echo "  make demo       train a small model to read handwritten numbers, then let it read (about 4 minutes)"
+	@echo "  make test       build, then run the tests           (make test ARGS='-k layernorm -x')"
+	@echo "  make test-full  also the slow sweeps (random cases, 16 lanes on any x86 processor)"
+	@echo "  make build      compile the extension in place; does nothing when nothing changed"
+	@echo "  make bench      build, then run the benchmarks      (make bench ARGS='-k forward')"
+	@echo "  make lint       formatting and code rules"
+	@echo "  make clean      remove everything that was built"
 	@echo
 	@echo "environment     $(ENV)$(if $(VIRTUAL_ENV), (active), (created when missing))"
 	@echo "settings        PYTHON=python3.12   the interpreter a new .venv is made with"
