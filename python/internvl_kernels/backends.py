@@ -37,6 +37,10 @@ def _library() -> list[str]:
     return [registration.LIBRARY_ERROR] if registration.LIBRARY_ERROR else []
 
 
+def _cpu() -> list[str]:
+    return _library() + ([registration.ISA_ERROR] if registration.ISA_ERROR else [])
+
+
 def _cuda() -> list[str]:
     reasons = _library()
     if not registration.build_info().get("cuda"):
@@ -74,7 +78,7 @@ BACKENDS = {
     for b in (
         Backend("cuda", "compute capability >= 8.0", _cuda, _on("cuda"), _OPERATORS),
         Backend("triton", "GPUs that Triton supports", _triton, _on("cuda"), {}),
-        Backend("cpu", "any processor", _library, _on("cpu"), _OPERATORS),
+        Backend("cpu", "any processor", _cpu, _on("cpu"), _OPERATORS),
         Backend(
             "reference",
             "any device, when asked for",

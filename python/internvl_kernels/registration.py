@@ -33,6 +33,14 @@ def _load() -> str | None:
     return None
 
 
+def _isa_error() -> str | None:
+    try:
+        torch.ops.internvl.cpu_isa()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def build_info() -> dict:
     """What was compiled (version, cuda, head dims, ISAs), from ``_C``; empty when it is not built."""
     return dict(_BUILD_INFO)
@@ -44,7 +52,7 @@ def cpu_info() -> dict:
         return {}
     rows = importlib.import_module("internvl_kernels._C").cpu_isas()
     return {
-        "isa": rows[torch.ops.internvl.cpu_isa()]["name"],
+        "isa": None if ISA_ERROR else rows[torch.ops.internvl.cpu_isa()]["name"],
         "compiled": [row["name"] for row in rows if row["compiled"]],
         "supported": [row["name"] for row in rows if row["compiled"] and row["supported"]],
     }
@@ -292,6 +300,7 @@ def _register() -> torch.library.Library:
 
 
 LIBRARY_ERROR = _load()
+ISA_ERROR = None if LIBRARY_ERROR else _isa_error()  # INTERNVL_CPU_ISA names what does not run here
 _LIBRARY = None if LIBRARY_ERROR else _register()
 # Read once: a tracer that follows the choice of a backend must meet plain data.
 _BUILD_INFO: dict = {} if LIBRARY_ERROR else dict(importlib.import_module("internvl_kernels._C").build_info())
