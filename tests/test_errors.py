@@ -312,12 +312,14 @@ CALL = "import torch, internvl_kernels as ik; x = torch.zeros(1, 2, 1, 8); ik.pr
 
 
 def test_unknown_instruction_set():
-    """Neither ignored nor fatal at import: the first call says what is allowed."""
+    """Neither ignored nor fatal at import: the operator and the Python call say what is allowed."""
     done = in_a_process(CALL, INTERNVL_CPU_ISA="sse9")
-    assert done.returncode == 1 and "Traceback" in done.stderr, done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("ValueError") and "INTERNVL_CPU_ISA is 'sse9'" in last, last
-    assert all(isa in last for isa in registration.cpu_info()["supported"])
+    assert done.returncode == 1 and "NotImplementedError: prefix_attn: no backend can run" in done.stderr, done.stderr
+    raw = in_a_process(CALL.replace("ik.prefix_attention", "torch.ops.internvl.prefix_attn"), INTERNVL_CPU_ISA="sse9")
+    assert raw.returncode == 1 and "ValueError: INTERNVL_CPU_ISA" in raw.stderr, raw.stderr
+    for message in (done.stderr, raw.stderr):
+        (line,) = [line for line in message.splitlines() if "INTERNVL_CPU_ISA is 'sse9'" in line]
+        assert all(isa in line for isa in registration.cpu_info()["supported"]), line
     assert in_a_process(CALL, INTERNVL_CPU_ISA="").stdout == "ran\n"
 
 
