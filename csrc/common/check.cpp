@@ -264,10 +264,14 @@ ClipQkLayernormParams check_clip_qk_layernorm(ClipQkLayernormTensors& tensors, i
     fail(kNorm, "qkv has shape ", shape_text(qkv),
          "; expected [..., q_width + 2 * k_width] = [..., ", q_width + 2 * k_width, "]");
   check_contiguous_last(kNorm, "qkv", qkv);
-  if (clip && !(*clip > 0.0 && std::isfinite(*clip)))
-    fail(kNorm, "clip is ", *clip, "; allowed: a positive finite number, or None for no clip");
-  if (!(eps >= 0.0 && std::isfinite(eps)))
-    fail(kNorm, "eps is ", eps, "; allowed: finite numbers >= 0");
+  // Checked as the fp32 numbers the kernels use.
+  params.has_clip = clip.has_value();
+  params.clip = clip ? static_cast<float>(*clip) : 0.0f;
+  params.eps = static_cast<float>(eps);
+  if (clip && !(params.clip > 0.0f && std::isfinite(params.clip)))
+    fail(kNorm, "clip is ", *clip, "; allowed: a positive finite fp32 number, or None for no clip");
+  if (!(params.eps >= 0.0f && std::isfinite(params.eps)))
+    fail(kNorm, "eps is ", eps, "; allowed: finite fp32 numbers >= 0");
   if (tensors.q_bias && !tensors.q_weight)
     fail(kNorm, "q_bias was given without q_weight; pass both or no bias");
   if (tensors.k_bias && !tensors.k_weight)
@@ -286,9 +290,6 @@ ClipQkLayernormParams check_clip_qk_layernorm(ClipQkLayernormTensors& tensors, i
   params.rows = qkv.numel() / (q_width + 2 * k_width);
   params.q_width = q_width;
   params.k_width = k_width;
-  params.has_clip = clip.has_value();
-  params.clip = clip ? static_cast<float>(*clip) : 0.0f;
-  params.eps = static_cast<float>(eps);
   params.qkv = qkv.const_data_ptr();
   return params;
 }
