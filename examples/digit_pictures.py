@@ -51,7 +51,7 @@ class Hand(NamedTuple):
 
 # training sees a wider range than the question asked afterwards, so that 1497 scans are enough
 TRAINING_HAND = Hand(turn=0.25, slant=0.2, size=0.15, shift=1.25, bend=0.08, fade=0.4, noise=0.08)
-READING_HAND = Hand(turn=0.1, slant=0.08, size=0.06, shift=0.6, bend=0.0, fade=0.2, noise=0.08)
+READING_HAND = Hand(turn=0.1, slant=0.08, size=0.06, shift=0.6, bend=0.0, fade=0.2, noise=0.06)
 
 
 def load_scans(seed: int, held_out: int = 300) -> tuple[Scans, Scans]:
