@@ -2,12 +2,12 @@
 
 They hold for every kernel that reads its inputs once, accumulates in fp32 in any order, and rounds a result once:
 
-    a sum of n terms      off by eps * (sqrt(n) + SLACK) * sum |terms|: rounding errors add up like a random walk
-    a score               that, times |scale|, plus 4 eps |bias|: distance, slope and sum are rounded apart
+    a sum of n terms      off by eps / 2 * (sqrt(n) + SLACK) * sum |terms|: roundings add up like a random walk
+    a score               that, times |scale|, plus 2 eps |bias|: slope, product, sum and shift are rounded apart
     lse                   the errors of the scores, weighted by their probabilities, plus 2 eps * |lse|
     a probability         relative error = error of its score plus that of lse
     out, dq, dk, dv       one rounding to their dtype
-    delta = dO . out      carries the rounding of out in q's dtype, hence eps(dtype) * |dO||out| in every gradient,
+    delta = dO . out      carries the rounding of out in q's dtype, hence eps(dtype) / 2 * |dO||out| in every gradient,
                           multiplied by the distances in the slopes' gradient
     dS = P (dP - delta)   keeps the rounding of its terms where they cancel (one visible key: exactly)
 
@@ -27,20 +27,19 @@ from .cases import Inputs
 
 EPS = torch.finfo(torch.float32).eps
 TINY = torch.finfo(torch.float32).smallest_normal  # probabilities below it may be 0
-TILE = 128  # ALiBi inside a tile of keys may be counted from its first key: eps * slope * TILE, for slopes up to 1
 SLACK = 8.0  # roundings that are no sum: the scale, exp2, folded constants, the rescaling of a row, the division
 
 Results = dict[str, Tensor]
 
 
 def _sum_error(terms: int) -> float:
-    return EPS * (math.sqrt(max(terms, 1)) + SLACK)
+    return 0.5 * EPS * (math.sqrt(max(terms, 1)) + SLACK)
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """One rounding to ``dtype``; next to zero that of its subnormal numbers."""
+    """One rounding to the nearest ``dtype``; next to zero that of its subnormal numbers."""
     info = torch.finfo(dtype)
-    return info.eps * (value.abs() + info.smallest_normal)
+    return 0.5 * info.eps * (1.001 * value.abs() + info.smallest_normal)
 
 
 def attention_bounds(inputs: Inputs, truth: Results) -> Results:
@@ -56,8 +55,7 @@ def attention_bounds(inputs: Inputs, truth: Results) -> Results:
     lse = truth["lse"].double()[..., None].nan_to_num(neginf=0)
     prob = torch.exp(scale * (q @ k.mT) + bias - lse).nan_to_num(0).masked_fill(~seen, 0)
 
-    in_tile = slopes.abs().clamp(max=1)[:, None, None] * TILE
-    score_error = _sum_error(dim) * abs(scale) * (q.abs() @ k.abs().mT) + 4 * EPS * (bias.abs() + in_tile)
+    score_error = _sum_error(dim) * abs(scale) * (q.abs() @ k.abs().mT) + 2 * EPS * bias.abs()
     lse_error = (prob * score_error).sum(-1, keepdim=True) + 2 * EPS * lse.abs() + _sum_error(seqlen_k)
     prob_error = prob * (score_error + lse_error) + TINY * seen  # [B, Hq, Sq, Sk]
     out = truth["out"].double().transpose(1, 2)
@@ -69,7 +67,7 @@ def attention_bounds(inputs: Inputs, truth: Results) -> Results:
     grad_out, grad_lse = wide.grad_out.abs().transpose(1, 2), wide.grad_lse.abs()[..., None]
     grad_prob = grad_out @ v.abs().mT  # |dO||V|: bounds dP
     delta = (prob * grad_prob).sum(-1, keepdim=True) + grad_lse
-    delta_error = (torch.finfo(dtype).eps + _sum_error(dim)) * (grad_out * out.abs()).sum(-1, keepdim=True)
+    delta_error = (0.5 * torch.finfo(dtype).eps + _sum_error(dim)) * (grad_out * out.abs()).sum(-1, keepdim=True)
     delta_error = delta_error + (grad_out * out_error).sum(-1, keepdim=True) + EPS * SLACK * grad_lse
     score_grad = prob * (grad_prob + delta)  # bounds |dS|
     error = 2 * prob_error * (grad_prob + delta) + prob * (_sum_error(dim) * grad_prob + delta_error)
