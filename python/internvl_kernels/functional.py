@@ -55,6 +55,7 @@ def prefix_attention(
     """
     key_flags = None
     if isinstance(prefix_len, int):
+        prefix_len = min(max(prefix_len, 0), k.shape[1])  # beyond the keys means the same, and fits int32
         prefix_len = torch.full((q.shape[0],), prefix_len, dtype=torch.int32, device=q.device)
     if bidirectional_mask is not None or key_padding_mask is not None:
         prefix_len, key_range, key_flags = masks.key_terms(
