@@ -32,6 +32,9 @@ help:
 	@echo "                CMAKE_ARGS=...      passed on to CMake; CMAKE_BUILD_PARALLEL_LEVEL=N limits the compilers"
 
 test: build $(ENV)/.internvl-kernels/test $(ENV)/.internvl-kernels/demo
+	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-full: build $(ENV)/.internvl-kernels/test $(ENV)/.internvl-kernels/demo
 	@$(PY) -m pytest $(ARGS)
 
 demo: build $(ENV)/.internvl-kernels/demo
