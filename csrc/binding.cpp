@@ -11,6 +11,7 @@
 #include "build_config.h"
 #include "common/mask.h"
 #include "common/params.h"
+#include "common/prune.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -98,6 +99,28 @@ py::array_t<int> tile_plan(int64_t seqlen_q, int64_t seqlen_k, int64_t block_m, 
   return result;
 }
 
+// prune.h by the names of its functions; dtype: "float32", "bfloat16" or "float16".
+void bind_prune(py::module_& m) {
+  m.def("prune_threshold", [](const std::string& dtype, int64_t seqlen_k) {
+    const bool full = dtype == "float32";
+    if (!full && dtype != "bfloat16" && dtype != "float16")
+      throw py::value_error("prune_threshold: dtype is '" + dtype +
+                            "'; allowed: float32, bfloat16, float16");
+    return internvl::prune_threshold(full ? internvl::DType::kFloat32 : internvl::DType::kBFloat16,
+                                     seqlen_k);
+  });
+  m.def("prune_norm", [](float sum_of_squares) { return internvl::prune_norm(sum_of_squares); });
+  m.def("prune_cutoff", [](float slope, float softmax_scale, float q_norm, float k_norm,
+                           float lower, float threshold) {
+    return internvl::prune_cutoff(slope, softmax_scale, q_norm, k_norm, lower, threshold);
+  });
+  m.def("tile_distance", [](int64_t p_lo, int64_t p_hi, int64_t j_lo, int64_t j_hi) {
+    return internvl::tile_distance(p_lo, p_hi, j_lo, j_hi);
+  });
+  m.def("prune_tile",
+        [](float cutoff, int64_t distance) { return internvl::prune_tile(cutoff, distance); });
+}
+
 int as_int(TileClass value) { return static_cast<int>(value); }
 
 }  // namespace
@@ -123,6 +146,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("causal_key_begin",
         [](int64_t p_lo, int64_t window) { return internvl::causal_key_begin(p_lo, window); });
+  bind_prune(m);
   m.def("classify_tile", [](int64_t p_lo, int64_t p_hi, int64_t j_lo, int64_t j_hi,
                             int64_t prefix_len, int64_t start, int64_t end, int64_t window) {
     return as_int(internvl::classify_tile(p_lo, p_hi, j_lo, j_hi, prefix_len, start, end, window));

@@ -4,6 +4,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -112,6 +113,15 @@ void check_exclusive(const OptionalTensor& flags, const char* name, const Option
     fail(kAttn, "key_flags and ", name, " were both given; key_flags replaces ", name);
 }
 
+// INTERNVL_ALIBI_PRUNE, read at every call; env.py reads it in the same way.
+bool alibi_prune_wanted() {
+  const char* value = std::getenv("INTERNVL_ALIBI_PRUNE");
+  const std::string text = value ? value : "";
+  if (text != "" && text != "0" && text != "1")
+    fail(kAttn, "INTERNVL_ALIBI_PRUNE is '", text, "'; allowed: 0 (off), 1 (on, the default)");
+  return text != "0";
+}
+
 // Equally spaced rows [..., width] with a contiguous last dimension: the row stride, or -1 when
 // they are not.
 int64_t row_stride(const Tensor& tensor) {
@@ -213,6 +223,7 @@ PrefixAttnParams check_prefix_attn(PrefixAttnTensors& tensors, std::optional<dou
                                           {batch, seqlen_k}, "[batch, seqlen_k]");
   params.alibi_slopes = mask_data<float>("alibi_slopes", tensors.alibi_slopes, q, ScalarType::Float,
                                          {params.heads_q}, "[heads_q]");
+  params.alibi_prune = params.alibi_slopes != nullptr && alibi_prune_wanted();
   params.q = view_of(q);
   params.k = view_of(k);
   params.v = view_of(v);

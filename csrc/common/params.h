@@ -40,6 +40,7 @@ struct PrefixAttnParams {
   const uint8_t* key_flags = nullptr;    // [batch, seqlen_k], replaces prefix_len and key_range
   const int32_t* segment_ids = nullptr;  // [batch, seqlen_k]
   const float* alibi_slopes = nullptr;   // [heads_q]
+  bool alibi_prune = false;              // skip far key tiles (prune.h); false without slopes
 
   int64_t group() const { return heads_q / heads_kv; }
 };

@@ -1,7 +1,8 @@
-// Compiled, never launched: instantiates every function of the mask header for the device, so that
-// the header stays usable in kernels. Its meaning is compared with the specification on the host
-// (tests/test_semantics.py).
+// Compiled, never launched: instantiates every function of the mask and pruning headers for the
+// device, so that the headers stay usable in kernels. Their meaning is compared with the
+// specification on the host (tests/test_semantics.py, tests/test_prune.py).
 #include "common/mask.h"
+#include "common/prune.h"
 
 namespace internvl::mask_check {
 
@@ -25,6 +26,14 @@ __global__ void mask_check_kernel(const uint8_t* flags, const int64_t* tile, int
                           keys.any_bidirectional, keys.all_bidirectional, window);
   const TileClass by_segments = classify_tile_segments(tile[4], tile[5], tile[6], tile[7]);
   classes[j] = combine_classes(combine_classes(by_range, by_flags), by_segments);
+}
+
+__global__ void prune_check_kernel(DType dtype, const int64_t* tile, const float* squares,
+                                   float slope, float scale, float lower, bool* skipped) {
+  const float norm = prune_norm(squares[threadIdx.x]);
+  const float cutoff =
+      prune_cutoff(slope, scale, norm, norm, lower, prune_threshold(dtype, tile[3]));
+  skipped[threadIdx.x] = prune_tile(cutoff, tile_distance(tile[0], tile[1], tile[2], tile[3]));
 }
 
 template __global__ void mask_check_kernel<int32_t>(const uint8_t*, const int64_t*, int64_t,

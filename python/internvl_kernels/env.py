@@ -1,7 +1,7 @@
 """Every environment variable of the package, and ``python -m internvl_kernels.env [--json]``.
 
 Python reads the variables here only; the compiled library reads ``INTERNVL_CPU_ISA`` itself when it is
-loaded, and the build reads the variables marked "build".
+loaded and ``INTERNVL_ALIBI_PRUNE`` at every call, and the build reads the variables marked "build".
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib import metadata
 VARIABLES = {
     "INTERNVL_BACKEND": "default backend of every call: cuda, triton, cpu or reference (default: the first that runs)",
     "INTERNVL_CPU_ISA": "CPU kernels to use: baseline, avx2, avx512 (default: the best the processor has)",
+    "INTERNVL_ALIBI_PRUNE": "0: also visit key tiles whose weight under ALiBi vanishes in rounding (default: 1)",
     "INTERNVL_CUDA": "build: 0 leaves the CUDA kernels out even when nvcc is found",
     "INTERNVL_HEAD_DIMS": "build: semicolon list of head dims compiled for CUDA (default: those of CMakeLists.txt)",
 }
@@ -24,6 +25,14 @@ VARIABLES = {
 def default_backend() -> str | None:
     """``INTERNVL_BACKEND``, or None."""
     return os.environ.get("INTERNVL_BACKEND") or None
+
+
+def alibi_prune() -> bool:
+    """``INTERNVL_ALIBI_PRUNE``: skip key tiles whose weight under ALiBi is below the rounding of the output."""
+    value = os.environ.get("INTERNVL_ALIBI_PRUNE", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"INTERNVL_ALIBI_PRUNE is {value!r}; allowed: 0 (off), 1 (on, the default)")
+    return value != "0"
 
 
 def _version(package: str) -> str | None:
