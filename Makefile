@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips at once would disturb each other; Ninja compiles in parallel
-.PHONY: help build test test-full demo bench lint clean FORCE
+.PHONY: help build test test-full demo bench bench-full lint clean FORCE
 
 PYTHON ?= python3
 VENV   ?= $(or $(VIRTUAL_ENV),.venv)
@@ -22,7 +22,8 @@ help:
 	@echo "  make test       build, then run the tests           (make test ARGS='-k layernorm -x')"
 	@echo "  make test-full  also the slow sweeps (random cases, 16 lanes on any x86 processor)"
 	@echo "  make build      compile the extension in place; does nothing when nothing changed"
-	@echo "  make bench      build, then run the benchmarks      (make bench ARGS='-k forward')"
+	@echo "  make bench      build, then measure against SDPA, eager, FlexAttention and the machine (about 12 minutes)"
+	@echo "  make bench-full every measurement                   (make bench-full ARGS='-k mpt-30b')"
 	@echo "  make lint       formatting and code rules"
 	@echo "  make clean      remove everything that was built"
 	@echo
@@ -41,6 +42,9 @@ demo: build $(ENV)/.internvl-kernels/demo
 	@$(PY) examples/read_digits.py $(ARGS)
 
 bench: build $(ENV)/.internvl-kernels/bench
+	@$(PY) -m pytest --benchmark-only -m "not full" bench $(ARGS)
+
+bench-full: build $(ENV)/.internvl-kernels/bench
 	@$(PY) -m pytest --benchmark-only bench $(ARGS)
 
 lint: $(ENV)/.internvl-kernels/lint

@@ -1,73 +1,78 @@
-"""Interleaved comparison on top of pytest-benchmark, and the table printed at the end."""
+"""The plan under pytest-benchmark: ours timed by the plugin, peers and ceiling in the setup of each of its rounds."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-import torch
 
-ROWS: list[dict] = []
-SLOW_SECONDS = 2.0
+from . import plan, results, roofline, targets, timing
+from .run import line
+
+OUT = Path(__file__).parent.parent / "build" / "bench"
+FILE = pytest.StashKey[results.ResultFile]()
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--bench-out", type=Path, help="result file (default: build/bench/<machine>-<date>.json)")
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "full: measured by `make bench-full` only")
+
+
+@pytest.fixture(scope="session")
+def result_file(pytestconfig) -> results.ResultFile:
+    """Rows of this session, on disk after every measurement; the ceilings are measured first."""
+    path = pytestconfig.getoption("--bench-out") or OUT / results.default_path().name
+    file = results.ResultFile(path)
+    file.data["ceilings"] = roofline.ceilings()
+    pytestconfig.stash[FILE] = file
+    return file
 
 
 @pytest.fixture
-def compare(benchmark):
-    """``compare(group, ours, peers, flops=..., target=(peer, ratio))``: one round = one call of everyone, in turn.
+def measured(benchmark, result_file):
+    """``measured(entry)``: gate, time, record. One round is one call of everyone, in turn."""
 
-    pytest-benchmark owns our timing; the peers are timed in the setup of each round, so that a slow moment of the
-    machine meets all of them. Medians and ratios go to ``extra_info`` and to the table.
-    """
-
-    def run(
-        group: str,
-        ours: Callable[[], object],
-        peers: dict[str, Callable[[], object]],
-        *,
-        flops: float | None = None,
-        target: tuple[str, float] | None = None,
-        rounds: int = 5,
-    ) -> None:
-        seconds: dict[str, list[float]] = {name: [] for name in peers}
-
-        def time_peers() -> None:
-            for name, peer in peers.items():
-                if seconds[name] and seconds[name][-1] > SLOW_SECONDS:
-                    continue  # one call of it says enough
-                start = time.perf_counter()
-                peer()
-                seconds[name].append(time.perf_counter() - start)
-
-        benchmark.group = group
-        benchmark.pedantic(ours, setup=time_peers, rounds=rounds, warmup_rounds=1)
-        own = benchmark.stats.stats.median
-        # The first call is the warm-up, unless it was so slow that it stayed the only one.
-        medians = {name: statistics.median(times[1:] or times) for name, times in seconds.items()}
-        row = {"case": group, "ours_ms": own * 1e3, "ratios": {name: t / own for name, t in medians.items()}}
-        row["gflops"] = flops / own / 1e9 if flops else None
-        row["target"] = target
-        benchmark.extra_info.update(ratios=row["ratios"], gflops=row["gflops"], threads=torch.get_num_threads())
-        ROWS.append(row)
+    def run(entry: plan.Entry) -> dict:
+        measurement = entry.prepare()
+        benchmark.group = entry.study or measurement.facts.get("group") or entry.name
+        benchmark.pedantic(measurement.ours, setup=measurement.others.round, rounds=entry.rounds, warmup_rounds=1)
+        row = measurement.row(timing.summarise(benchmark.stats.stats.data), memory=entry.memory)
+        if entry.study:
+            row["study"] = entry.study
+        benchmark.extra_info.update(row)
+        result_file.add(row)
+        return row
 
     return run
 
 
+def entries(select) -> list:
+    """Parameters of the entries that ``select(name)`` wants; those beyond the core carry the marker ``full``."""
+    chosen = [entry for entry in plan.cpu_entries() if select(entry.name)]
+    return [
+        pytest.param(entry, id=entry.name.replace(" ", "-"), marks=[] if entry.core else pytest.mark.full)
+        for entry in chosen
+    ]
+
+
 @pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark
-def pytest_terminal_summary(terminalreporter) -> None:
-    if not ROWS:
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    file = config.stash.get(FILE, None)
+    if file is None or not file.rows:
         return
+    file.data["targets"] = targets.judge(file.rows)
+    file.write()
     write = terminalreporter.write_line
     write("")
-    threads = torch.get_num_threads()
-    write(f"ours against what a user would pick instead ({threads} threads, medians of interleaved rounds)")
-    write(f"{'case':<44} {'ours ms':>9} {'GFLOP/s':>8}  speed-up over")
-    for row in ROWS:
-        ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["ratios"].items())
-        verdict = ""
-        if row["target"]:
-            peer, wanted = row["target"]
-            verdict = f"  (target {peer} >= {wanted:g}x: {'met' if row['ratios'][peer] >= wanted else 'MISSED'})"
-        rate = f"{row['gflops']:.0f}" if row["gflops"] else ""
-        write(f"{row['case']:<44} {row['ours_ms']:>9.3f} {rate:>8}  {ratios}{verdict}")
+    write(f"{results.describe(file.data)}; medians of interleaved rounds")
+    write("ceilings  " + "  ".join(f"{name} {value:.1f}" for name, value in file.data["ceilings"].items()))
+    for row in file.rows:
+        write(line(row))
+    write("")
+    write("targets: ratios within this run, the worst case of each")
+    for text in targets.table(file.data["targets"]):
+        write(text)
+    write(f"wrote {file.path}; plots and a page: python -m bench.report {file.path}")

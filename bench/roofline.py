@@ -1,32 +1,86 @@
-"""This machine's ceilings, measured in the same process as the kernels they bound."""
+"""This machine's ceilings, measured in the same process as the kernels they bound.
+
+Each probe is also a callable of a wanted amount of work, so that a measurement can interleave its own ceiling.
+"""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
 import torch
 
+MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+STREAM_MIB = {"cpu": 256, "cuda": 4096}
 
-def best_seconds(run: Callable[[], object], rounds: int = 5) -> float:
+
+def synchronise(device: str) -> None:
+    """Waits for the device; nothing on the CPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def best_seconds(run: Callable[[], object], device: str = "cpu", rounds: int = 5) -> float:
     """Fastest of ``rounds`` timed calls after one warm-up."""
-    run()
     times = []
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
+        synchronise(device)
         start = time.perf_counter()
         run()
+        synchronise(device)
         times.append(time.perf_counter() - start)
-    return min(times)
+    return min(times[1:])
 
 
-def matmul_gflops(dtype: torch.dtype, size: int = 1024) -> float:
-    """``torch.mm`` of two random square matrices, GFLOP/s."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    return 2 * size**3 / best_seconds(lambda: a @ b) / 1e9
+def matmul_of(flops: float, dtype: torch.dtype, device: str = "cpu") -> Callable[[], object]:
+    """A plain product of random matrices with about ``flops`` operations."""
+    size = MATMUL_SIZE[device]
+    columns = max(16, round(flops / (2 * size * size)) // 16 * 16)
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, columns, device=device).to(dtype)
+    return lambda: a @ b
 
 
-def copy_gbytes(mib: int = 256) -> float:
-    """``Tensor.copy_`` well beyond the caches, read and write counted, GB/s."""
-    source = torch.randn(mib << 18)
+@functools.cache
+def matmul_dtype(name: str, device: str = "cpu") -> str:
+    """The dtype whose ``torch.mm`` is the ceiling for kernels on ``name`` inputs.
+
+    A processor without bf16 or fp16 instructions multiplies them slower than fp32, up to a hundred times; its ceiling
+    is the fp32 product.
+    """
+    if device != "cpu" or name == "float32":
+        return name
+    a = torch.randn(192, 192)
+    low = a.to(getattr(torch, name))
+    return name if best_seconds(lambda: low @ low) < best_seconds(lambda: a @ a) else "float32"
+
+
+def read_of(nbytes: int, device: str = "cpu") -> Callable[[], object]:
+    """Reads about ``nbytes``: a dot product of two fp32 vectors (the fastest reading torch offers)."""
+    x, y = (torch.randn(max(1, nbytes // 8), device=device) for _ in range(2))
+    return lambda: torch.dot(x, y)
+
+
+def copy_of(nbytes: int, device: str = "cpu") -> Callable[[], object]:
+    """Moves about ``nbytes``, half of it read, half written."""
+    source = torch.randn(max(1, nbytes // 8), device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source)) / 1e9
+    return lambda: target.copy_(source)
+
+
+def ceilings(device: str = "cpu", dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dict[str, float]:
+    """Matrix product (GFLOP/s per dtype), exponential (Gelement/s), reading and copying (GB/s) of this machine."""
+    found = {}
+    for name in sorted({matmul_dtype(name, device) for name in dtypes}):
+        flops = 2.0 * MATMUL_SIZE[device] ** 3
+        found[f"matmul_{name}_gflops"] = (
+            flops / best_seconds(matmul_of(flops, getattr(torch, name), device), device) / 1e9
+        )
+    x = torch.randn(1 << 22, device=device)
+    out = torch.empty_like(x)
+    found["exp_gelements"] = x.numel() / best_seconds(lambda: torch.exp(x, out=out), device) / 1e9
+    nbytes = STREAM_MIB[device] << 20
+    found["read_gbytes"] = nbytes / best_seconds(read_of(nbytes, device), device) / 1e9
+    found["copy_gbytes"] = nbytes / best_seconds(copy_of(nbytes, device), device) / 1e9
+    return found

@@ -1,0 +1,189 @@
+"""The benchmarks' own arithmetic and commands: what counts as work, what stops a timing, what a result file says."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from internvl_kernels import semantics
+from internvl_kernels.testing import Case
+
+from bench import baselines, cases, gate, measure, plan, report, results, run, targets, timing
+
+
+@pytest.mark.parametrize("mask", cases.MASKS)
+@pytest.mark.parametrize("model", ["alibi-d64", "grouped-d128", "paligemma"])
+def test_flops_count_visible_pairs_one_by_one(model, mask):
+    bench = cases.make(model, 37, mask=mask, batch=2)
+    c, terms = bench.case, bench.case.mask()
+    total = 0
+    for b in range(c.batch):
+        segment = terms["segment_ids"][b].tolist() if terms["segment_ids"] is not None else [0] * c.seqlen_k
+        start, end = c.key_range[b] if c.key_range else (0, c.seqlen_k)
+        prefix = c.prefix_len[b] if c.prefix_len else 0
+        for i in range(c.seqlen_q):
+            p = c.seqlen_k - c.seqlen_q + i
+            for j in range(c.seqlen_k):
+                is_causal = bool(semantics.causal(torch.tensor(p), torch.tensor(j), 0))
+                total += start <= j < end and segment[p] == segment[j] and (j < prefix or is_causal)
+    assert bench.visible_pairs == total * c.heads_q
+    assert bench.flops("forward") == 4 * c.head_dim * bench.visible_pairs
+    assert bench.flops("backward") == 10 * c.head_dim * bench.visible_pairs
+
+
+def test_prefix_as_keys_or_fraction():
+    lengths = [cases.make("alibi-d64", 64, prefix=p).case.prefix_len[0] for p in ("1/4", "16", 16, "1/1", 0, "0", "1")]
+    assert lengths == [16, 16, 16, 64, 0, 0, 1]
+    for wrong in ("65", "-1", "9/8", "1/0", "half"):
+        with pytest.raises(ValueError, match="prefix is"):
+            cases.make("alibi-d64", 64, prefix=wrong)
+
+
+def test_unknown_names_say_what_is_allowed():
+    with pytest.raises(ValueError, match="mpt-7b"):
+        cases.make("gpt-9", 64)
+    with pytest.raises(ValueError, match="packed"):
+        cases.make("mpt-7b", 64, mask="diagonal")
+    with pytest.raises(ValueError, match="mpt-1b"):
+        cases.make_norm("paligemma", 64)
+
+
+@pytest.mark.parametrize("peer", ["sdpa", "eager", "sdpa-packed"])
+@pytest.mark.parametrize("mask", ["prefix", "padded", "packed", "decode"])
+def test_peers_compute_the_same(peer, mask):
+    bench = cases.make("grouped-d128", 48, mask=mask, batch=2)
+    own, clean = gate.inputs_for(bench)
+    prepared = baselines.prepare(peer, clean, "forward")
+    if prepared.skipped:
+        assert (peer, mask == "decode") == ("sdpa-packed", False)
+        return
+    ours = gate.operator("cpu", own)(own.q, own.k, own.v)
+    real = own.visible().any(-1)
+    torch.testing.assert_close(prepared.call()[real], ours[real], atol=1e-5, rtol=1e-5)
+
+
+def test_absent_peers_give_a_reason():
+    _, clean = gate.inputs_for(cases.make("alibi-d64", 16))
+    for name in ("sdpa-cudnn", "flash-causal", "flash-attn"):
+        assert "needs a GPU" in baselines.prepare(name, clean, "forward").skipped
+    assert "no backward" in baselines.prepare("flex", clean, "backward").skipped
+    huge = dataclasses.replace(clean, k=torch.empty(1, 1 << 28, 1, 1).expand(1, 1 << 28, 16, 64))
+    assert "GiB" in baselines.prepare("sdpa", huge, "forward").skipped
+
+
+def test_a_wrong_result_is_never_timed(monkeypatch):
+    bench = cases.make("alibi-d64", 96)
+    right = gate.operator
+
+    def wrong(backend, inputs):
+        forward = right(backend, inputs)
+        return lambda q, k, v: forward(q, k, v) * 1.001
+
+    monkeypatch.setattr(gate, "operator", wrong)
+    with pytest.raises(gate.WrongResult, match="sampled rows"):
+        measure.attention(bench)
+
+
+def test_shortened_cases_keep_the_form():
+    bench = cases.make("mpt-30b", 4096, mask="padded", batch=3)
+    small = gate.shortened(bench).case
+    assert small.seqlen_q == small.seqlen_k == gate.GATE_LENGTH
+    assert (small.head_dim, small.alibi, small.batch) == (112, "mpt", 2)
+    assert all(0 <= a < b <= gate.GATE_LENGTH for a, b in small.key_range)
+
+
+def test_slow_calls_take_part_in_few_rounds():
+    ticks = {"quick": 0.01, "slow": 2 * timing.PEER_SECONDS}
+    rounds = timing.Rounds({name: name for name in ticks}, lambda name: ticks[name])
+    for _ in range(5):
+        rounds.round()
+    summary = rounds.summary()
+    assert (summary["quick"]["rounds"], summary["slow"]["rounds"]) == (4, 1)
+    assert summary["quick"]["median_ms"] == pytest.approx(10)
+
+
+def test_every_plan_entry_has_its_own_name():
+    names = [entry.name for entry in plan.cpu_entries()]
+    assert len(names) == len(set(names))
+    assert sum(entry.core for entry in plan.cpu_entries()) < len(names)
+    assert list(plan.gpu_entries(("cuda", "triton")))
+
+
+def _row(**facts):
+    base = {"case": "c", "op": "prefix_attn", "direction": "forward", "backend": "cpu", "dtype": "float32"}
+    base |= {"shape": [1, 2048, 2048, 16, 16, 64], "pairs": 100, "peers": {}, "ours": {"median_ms": 1.0, "spread": 0.1}}
+    return {**base, **facts}
+
+
+def test_targets_take_the_worst_row():
+    def of(share, ratio):
+        return _row(ours={"median_ms": 1.0, "spread": 0, "share_of_ceiling": share}, peers={"sdpa": {"ratio": ratio}})
+
+    verdicts = {(v["what"], v["than"]): v for v in targets.judge([of(0.9, 1.7), of(0.86, 2.5)])}
+    assert verdicts["forward fp32", "torch.mm"]["verdict"] == "met"
+    assert verdicts["forward fp32", "SDPA with bias"]["verdict"] == "missed"
+    assert verdicts["forward fp32", "SDPA with bias"]["value"] == 1.7
+    assert verdicts["forward bf16", "SDPA with bias"]["verdict"] == "not measured"
+
+
+def test_growth_target_compares_time_per_pair():
+    def of(seqlen, ms):
+        return _row(shape=[1, seqlen, seqlen, 16, 16, 64], pairs=seqlen**2, ours={"median_ms": ms}, study="growth")
+
+    rows = [of(1024, 1.0), of(2048, 4.0), of(4096, 19.2)]
+    verdict = next(v for v in targets.judge(rows) if v["what"] == "time per visible pair")
+    assert verdict["verdict"] == "missed" and verdict["value"] == pytest.approx(1.2)
+
+
+def test_run_writes_a_result_file_that_report_draws(tmp_path, capsys):
+    out = tmp_path / "r.json"
+    arguments = ["--case", "alibi-d64", "--seqlen", "128", "--rounds", "2", "--memory", "--out", str(out)]
+    assert run.main(arguments) == 0
+    assert "GFLOP/s" in capsys.readouterr().out
+    data = results.load(out)
+    assert data["rows"][0]["peers"]["sdpa"]["ratio"] > 0
+    assert data["machine"]["torch"] == torch.__version__
+    data["rows"] += [
+        {**data["rows"][0], "study": "growth", "shape": [1, s, s, 16, 16, 64], "pairs": s * s} for s in (1024, 2048)
+    ]
+    out.write_text(json.dumps(data))
+    assert report.main([str(out)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("r-ceiling.png", "r-growth.png", "r-ratios.png", "r.json", "r.md")
+    ]
+    assert "| met |" in (tmp_path / "r.md").read_text() or "missed" in (tmp_path / "r.md").read_text()
+
+
+def test_bad_arguments_are_named(tmp_path, capsys):
+    for arguments, text in (
+        ([], "name a --case"),
+        (["--case", "nothing"], "mpt-7b"),
+        (["--case", "mpt-7b", "--seqlen", "0"], "seqlen is 0"),
+        (["--case", "mpt-7b", "--backend", "cuda"], "needs a GPU"),
+    ):
+        if torch.cuda.is_available() and "cuda" in arguments:
+            continue
+        with pytest.raises(SystemExit):
+            run.main(arguments)
+        assert text in capsys.readouterr().err
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "x.json")])
+    assert "no result file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["run", "report", "compare", "device"])
+def test_help(module):
+    done = subprocess.run(
+        [sys.executable, "-m", f"bench.{module}", "--help"], capture_output=True, text=True, check=True
+    )
+    assert f"bench.{module}" in done.stdout
+
+
+def test_committed_results_are_readable():
+    for path in results.FOLDER.glob("*.json"):
+        data = results.load(path)
+        assert data["rows"] and data["revision"], path
+        assert Case and report.page(data, [])
