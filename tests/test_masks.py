@@ -154,3 +154,13 @@ def test_integer_prefix():
         prefix_attention(q, q, q, prefix_len=4, key_padding_mask=torch.ones(3, 7, dtype=torch.bool)),
         prefix_attention(q, q, q, prefix_len=4),
     )
+
+
+def test_key_flags_are_both_masks_at_once():
+    q, k, v = (torch.randn(2, 7, 2, 8) for _ in range(3))
+    bidirectional, real = torch.rand(2, 7) < 0.4, torch.rand(2, 7) < 0.7
+    want = prefix_attention(q, k, v, bidirectional_mask=bidirectional, key_padding_mask=real)
+    flags = (real + 2 * bidirectional).to(torch.uint8)
+    assert torch.equal(prefix_attention(q, k, v, key_flags=flags), want)
+    with pytest.raises(ValueError, match="key_flags and boolean masks were both given"):
+        prefix_attention(q, k, v, key_flags=flags, key_padding_mask=real)

@@ -18,6 +18,7 @@ def prefix_attention(
     query_start: Tensor | None = None,
     bidirectional_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    key_flags: Tensor | None = None,
     segment_ids: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softmax_scale: float | None = None,
@@ -40,6 +41,8 @@ def prefix_attention(
         query_start: [B] int32, position of query row 0, in keys. Default: Sk - Sq.
         bidirectional_mask: [B, Sk] bool or int, 1 = visible to every query; instead of prefix_len.
         key_padding_mask: [B, Sk] bool or int, 1 = real key; instead of key_range.
+        key_flags: [B, Sk] uint8, both masks at once: bit 0 = real key, bit 1 = visible to every query; instead of
+            the four arguments above.
         segment_ids: [B, Sk] int32, packed documents: queries see keys of their own segment only.
         alibi_slopes: [Hq] fp32; learnable. Default: no bias.
         softmax_scale: finite float, applied before the bias. Default: 1 / sqrt(D).
@@ -53,11 +56,12 @@ def prefix_attention(
     Backends: cpu, reference (cuda and triton: see ``python -m internvl_kernels.env``).
     Source: Dao 2023 (tiling), Press et al. 2022 (ALiBi), MPT (mask, slopes).
     """
-    key_flags = None
     if isinstance(prefix_len, int):
         prefix_len = min(max(prefix_len, 0), k.shape[1])  # beyond the keys means the same, and fits int32
         prefix_len = torch.full((q.shape[0],), prefix_len, dtype=torch.int32, device=q.device)
     if bidirectional_mask is not None or key_padding_mask is not None:
+        if key_flags is not None:
+            raise ValueError("prefix_attention: key_flags and boolean masks were both given; pass one of them")
         prefix_len, key_range, key_flags = masks.key_terms(
             bidirectional_mask, key_padding_mask, prefix_len, key_range, tuple(k.shape[:2])
         )
