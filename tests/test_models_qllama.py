@@ -107,7 +107,7 @@ def dense_forward(model: LlamaModel, embeds, seen, vision=None, repeat_time=1, p
             turn(split(own.k_proj(y), kv_heads)),
             split(own.v_proj(y), kv_heads),
         )
-        x = x + own.o_proj(attend(turn(q), turn(k), v, seen))
+        x = x + own.o_proj(attend(q, k, v, seen))
         if layer.cross_attn is not None and vision is not None and seqlen >= config.num_query_token:
             cross, n = layer.cross_attn, config.num_query_token
             tiled = norm(cross.norm2, vision).repeat(repeat_time, 1, 1)
