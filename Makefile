@@ -22,6 +22,7 @@ help:
 	@echo "  make test       build, then run the tests           (make test ARGS='-k layernorm -x')"
 	@echo "  make test-full  also the slow sweeps (random cases, 16 lanes on any x86 processor)"
 	@echo "  make build      compile the extension in place; does nothing when nothing changed"
+	@echo "  make emulator   compile the CUDA kernels for the processor, as make test does"
 	@echo "  make bench      build, then measure against SDPA, eager, FlexAttention and the machine (about 12 minutes)"
 	@echo "  make bench-full every measurement                   (make bench-full ARGS='-k mpt-30b')"
 	@echo "  make lint       formatting and code rules"
@@ -32,10 +33,10 @@ help:
 	@echo "                INTERNVL_CUDA=0     leave the CUDA kernels out (1: fail when nvcc is missing)"
 	@echo "                CMAKE_ARGS=...      passed on to CMake; CMAKE_BUILD_PARALLEL_LEVEL=N limits the compilers"
 
-test: build $(ENV)/.internvl-kernels/test $(ENV)/.internvl-kernels/demo
+test: build emulator $(ENV)/.internvl-kernels/test $(ENV)/.internvl-kernels/demo
 	@$(PY) -m pytest -m "not slow" $(ARGS)
 
-test-full: build $(ENV)/.internvl-kernels/test $(ENV)/.internvl-kernels/demo
+test-full: build emulator $(ENV)/.internvl-kernels/test $(ENV)/.internvl-kernels/demo
 	@$(PY) -m pytest $(ARGS)
 
 demo: build $(ENV)/.internvl-kernels/demo
@@ -51,7 +52,7 @@ lint: $(ENV)/.internvl-kernels/lint
 	@.ci/lint
 
 clean:
-	rm -rf build dist python/*.egg-info python/internvl_kernels/*.so $(ENV)/.internvl-kernels
+	rm -rf build dist python/*.egg-info python/internvl_kernels/*.so tests/emulator/*.so $(ENV)/.internvl-kernels
 	rm -rf .pytest_cache .ruff_cache .benchmarks
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
@@ -79,6 +80,10 @@ build: build/make/build.ninja
 	@cmake --build build/make
 	@test "$$(cat $(ENV)/.internvl-kernels/tree 2>/dev/null)" = "$(CURDIR)" || \
 	  { $(PY) .ci/environment.py link && echo "$(CURDIR)" > $(ENV)/.internvl-kernels/tree; }
+
+# The CUDA kernels on the CPU, for the tests.
+emulator: build/make/build.ninja
+	@cmake --build build/make --target _emulator
 
 build/make/build.ninja: build/make/settings $(wildcard $(ENV)/pyvenv.cfg) | $(ENV)/.internvl-kernels/build
 	@$(CONFIGURE)

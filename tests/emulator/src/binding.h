@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace internvl::emulator {
+
+// Small kernels that use the machine in known ways, good and bad.
+void bind_selftest(pybind11::module_& m);
+
+}  // namespace internvl::emulator
