@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import cases, measure
+from . import cases, measure, models
 
 CPU_DTYPES = ("float32", "bfloat16")
 
@@ -75,10 +75,22 @@ def cpu_entries() -> Iterator[Entry]:
                 study=study,
                 memory=True,
             )
+    yield from _shape_entries()
     yield from _model_entries()
 
 
 def _model_entries() -> Iterator[Entry]:
+    """Whole models, a few layers wide: prefill, a training step, and 32 tokens after a long prompt."""
+    for family in ("mpt", "llama", "hf-mpt"):
+        for mode in ("prefill", "train", "decode"):
+            for dtype in CPU_DTYPES:
+                case = models.ModelCase(family, mode, dtype)
+                core = dtype == "float32" and family != "hf-mpt"
+                prepare = lambda case=case: models.model(case)  # noqa: E731
+                yield Entry(f"{case.name} {mode} {dtype}", prepare, core, rounds=3, memory=True)
+
+
+def _shape_entries() -> Iterator[Entry]:
     """Shapes of real models: one in the core, the others in the full run."""
     for model in ("mpt-7b", "mpt-30b", "llava-7b", "llava-13b", "bloom-7b1", "paligemma"):
         for mask in ("prefix", "padded", "packed"):

@@ -10,7 +10,7 @@ import torch
 from internvl_kernels import semantics
 from internvl_kernels.testing import Case
 
-from bench import baselines, cases, gate, measure, plan, report, results, run, targets, timing
+from bench import baselines, cases, gate, measure, models, plan, report, results, run, targets, timing
 
 
 @pytest.mark.parametrize("mask", cases.MASKS)
@@ -92,6 +92,23 @@ def test_shortened_cases_keep_the_form():
     assert small.seqlen_q == small.seqlen_k == gate.GATE_LENGTH
     assert (small.head_dim, small.alibi, small.batch) == (112, "mpt", 2)
     assert all(0 <= a < b <= gate.GATE_LENGTH for a, b in small.key_range)
+
+
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+def test_models_agree_before_they_are_timed(family, monkeypatch):
+    case = models.ModelCase(family, "prefill", seqlen=24)
+    measurement = models.model(case)
+    assert measurement.ours().shape == (1, 24, models.VOCABULARY)
+    right = models.FAMILIES[family]
+
+    def wrong(dtype):
+        found = right(dtype)
+        next(found["ours"].parameters()).data.mul_(1.1)
+        return found
+
+    monkeypatch.setitem(models.FAMILIES, family, wrong)
+    with pytest.raises(gate.WrongResult, match="disagree"):
+        models.model(case)
 
 
 def test_slow_calls_take_part_in_few_rounds():

@@ -1,0 +1,156 @@
+"""Whole models at a long prompt: ours against the same weights with eager and SDPA attention.
+
+A few wide layers stand for the model: what a layer costs does not depend on how many there are. Weights are random;
+before anything is timed the implementations must agree on the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from internvl_kernels.models import hf_attention
+from internvl_kernels.models.mpt import MPTConfig, MPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
+
+from . import baselines, gate
+from .measure import Measurement
+
+SEQLEN, WIDTH, HEADS, LAYERS, VOCABULARY, NEW_TOKENS = 2048, 1024, 8, 2, 1024, 32
+MODES = ("prefill", "train", "decode")
+TOLERANCE = {"float32": 2e-4, "bfloat16": 6e-2}  # of logits of order 1 after LAYERS layers
+
+Implementations = dict[str, torch.nn.Module]  # "ours" first; the same weights in all
+
+
+def _mpt(dtype: torch.dtype) -> Implementations:
+    """MPT with ALiBi as a prefix LM: fused, and the original's eager arithmetic with its dense bias."""
+    config = MPTConfig(
+        d_model=WIDTH,
+        n_heads=HEADS,
+        n_layers=LAYERS,
+        max_seq_len=SEQLEN + NEW_TOKENS,
+        vocab_size=VOCABULARY,
+        use_cache=True,
+        attn_config={"alibi": True, "prefix_lm": True},
+    )
+    ours, eager = (MPTForCausalLM(config).to(dtype) for _ in range(2))
+    eager.load_state_dict(ours.state_dict())
+    eager.set_attn_impl("torch")
+    return {"ours": ours, "eager": eager}
+
+
+def _hf_mpt(dtype: torch.dtype) -> Implementations:
+    """Causal MPT: ours against transformers' own MptForCausalLM (which has eager attention only)."""
+    sizes = {"d_model": WIDTH, "n_heads": HEADS, "n_layers": LAYERS, "vocab_size": VOCABULARY}
+    ours = MPTForCausalLM(
+        MPTConfig(
+            **sizes, max_seq_len=SEQLEN + NEW_TOKENS, no_bias=True, use_cache=True, norm_type="layernorm",
+            attn_config={"alibi": True},
+        )
+    )  # fmt: skip
+    theirs = MptForCausalLM(MptConfig(**sizes, max_seq_len=SEQLEN + NEW_TOKENS))
+    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise RuntimeError(f"MPT weights do not fit transformers' MPT: {missing} {unexpected}")
+    return {"ours": ours.to(dtype), "hf": theirs.to(dtype)}
+
+
+def _llama(dtype: torch.dtype) -> Implementations:
+    """transformers' LLaMA, unmodified, with attn_implementation "internvl", "sdpa" and "eager"."""
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 4,
+        num_hidden_layers=LAYERS,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=SEQLEN + NEW_TOKENS,
+    )
+    found, state = {}, None
+    for name, implementation in (("ours", hf_attention.register()), ("sdpa", "sdpa"), ("eager", "eager")):
+        config._attn_implementation = implementation
+        model = LlamaForCausalLM(config).to(dtype)
+        state = state or model.state_dict()
+        model.load_state_dict(state)
+        model.set_attn_implementation(implementation)
+        found[name] = model
+    return found
+
+
+FAMILIES: dict[str, Callable[[torch.dtype], Implementations]] = {"mpt": _mpt, "hf-mpt": _hf_mpt, "llama": _llama}
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A family of FAMILIES in one mode of MODES."""
+
+    family: str
+    mode: str
+    dtype: str = "float32"
+    seqlen: int = SEQLEN
+
+    @property
+    def name(self) -> str:
+        """As it stands in tables."""
+        return f"model {self.family} S{self.seqlen}"
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Random tokens; for a prefix LM the first quarter is the prefix."""
+        ids = torch.randint(0, VOCABULARY, (1, self.seqlen), generator=torch.Generator().manual_seed(0))
+        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.family == "mpt" and self.mode != "decode":  # generate treats the whole prompt as the prefix
+            found["prefix_mask"] = (torch.arange(self.seqlen) < self.seqlen // 4)[None].to(ids)
+        return found
+
+
+def _call(model: torch.nn.Module, case: ModelCase) -> Callable[[], object]:
+    inputs = case.inputs()
+    if case.mode == "train":
+        model.train()
+
+        def step():
+            model.zero_grad(set_to_none=True)
+            model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+
+        return step
+    model.eval()
+    if case.mode == "decode":
+        limits = {
+            "max_new_tokens": NEW_TOKENS,
+            "min_new_tokens": NEW_TOKENS,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "use_cache": True,
+        }
+        return lambda: model.generate(**inputs, **limits)
+
+    def prefill():
+        with torch.no_grad():
+            return model(**inputs, use_cache=False).logits
+
+    return prefill
+
+
+def model(case: ModelCase, *, check: bool = True) -> Measurement:
+    """Gates and prepares ``case``: logits of all implementations agree on a short prompt."""
+    torch.manual_seed(0)
+    implementations = FAMILIES[case.family](getattr(torch, case.dtype))
+    if check:
+        _agree(implementations, case)
+    calls = {name: _call(module, case) for name, module in implementations.items()}
+    ours = calls.pop("ours")
+    facts = {"op": "model", "direction": case.mode, "backend": "cpu", "dtype": case.dtype, "shape": [1, case.seqlen]}
+    peers = [baselines.Prepared(name, call) for name, call in calls.items()]
+    return Measurement(case.name, ours, peers, ("", None), "cpu", facts)
+
+
+def _agree(implementations: Implementations, case: ModelCase) -> None:
+    short = ModelCase(case.family, "prefill", case.dtype, 160)
+    logits = {name: _call(module, short)().float() for name, module in implementations.items()}
+    for name, other in logits.items():
+        try:
+            torch.testing.assert_close(logits["ours"], other, atol=TOLERANCE[case.dtype], rtol=TOLERANCE[case.dtype])
+        except AssertionError as error:
+            raise gate.WrongResult(f"{case.name}: ours and {name} disagree: {error}") from error
