@@ -96,4 +96,5 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("reports", &reports, "What was wrong so far: (kind, text, occurrences).");
   m.def("kernels", &kernels, "Per kernel: instruction counts, accesses, barriers and waits.");
   bind_selftest(m);
+  bind_clip_qk_layernorm(m);
 }

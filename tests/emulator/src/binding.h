@@ -7,4 +7,7 @@ namespace internvl::emulator {
 // Small kernels that use the machine in known ways, good and bad.
 void bind_selftest(pybind11::module_& m);
 
+// Launches of the package's kernels (kernels/).
+void bind_clip_qk_layernorm(pybind11::module_& m);
+
 }  // namespace internvl::emulator
