@@ -64,11 +64,15 @@ class Past:
         return None if self.keys is None else Slot(self.keys, layer, self.start)
 
     def vision_slot(self, layer: int) -> VisionSlot | None:
-        return VisionSlot(self.given, layer) if isinstance(self.given, EncoderDecoderCache) else None
+        return VisionSlot(self.given, layer) if self.keeps_vision() else None
+
+    def keeps_vision(self) -> bool:
+        """The caller's cache has a half for projected vision states."""
+        return isinstance(self.given, EncoderDecoderCache)
 
     def has_vision(self) -> bool:
-        """Some layer's projected vision states are kept."""
-        return isinstance(self.given, EncoderDecoderCache) and any(self.given.is_updated.values())
+        """Projected vision states are there."""
+        return self.keeps_vision() and any(self.given.is_updated.values())
 
     @property
     def capacity(self) -> int | None:
@@ -121,7 +125,7 @@ def _length(cache: Cache) -> int | Tensor:
 
 
 def _from_pairs(pairs, config, batch: int) -> DynamicCache:
-    """The tuple form as a ``DynamicCache`` that shares its tensors and never writes to them."""
+    """The tuple form as a ``DynamicCache`` of its own."""
     if len(pairs) != config.num_hidden_layers:
         raise ValueError(f"past_key_values holds {len(pairs)} layers; this model has {config.num_hidden_layers}")
     cache = DynamicCache()

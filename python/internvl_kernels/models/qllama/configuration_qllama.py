@@ -29,22 +29,21 @@ class QLlamaConfig(LlamaConfig):
         self.num_query_token = num_query_token
         self.cross_attention_frequency = cross_attention_frequency
         self.vision_hidden_size = vision_hidden_size
+        self._check(kwargs)
         super().__init__(**kwargs)
-        self._check()
 
-    def _check(self) -> None:
+    def _check(self, sizes: dict) -> None:
         smallest = {"num_query_token": 0, "cross_attention_frequency": 1, "vision_hidden_size": 1}
         for name, least in smallest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
-        if self.hidden_size % self.num_attention_heads:
+        hidden_size = sizes.get("hidden_size", 4096)  # LLaMA's defaults
+        heads = sizes.get("num_attention_heads", 32)
+        kv_heads = sizes.get("num_key_value_heads") or heads
+        if hidden_size % heads and not sizes.get("head_dim"):
+            raise ValueError(f"hidden_size is {hidden_size}; it must be a multiple of num_attention_heads = {heads}")
+        if heads % kv_heads:
             raise ValueError(
-                f"hidden_size is {self.hidden_size}; it must be a multiple of num_attention_heads = "
-                f"{self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads is {self.num_key_value_heads}; num_attention_heads = "
-                f"{self.num_attention_heads} must be a multiple of it"
+                f"num_key_value_heads is {kv_heads}; num_attention_heads = {heads} must be a multiple of it"
             )

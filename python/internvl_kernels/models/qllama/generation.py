@@ -35,6 +35,7 @@ class QLlamaGenerationMixin:
         use_zero_attention_mask: bool | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        next_sequence_length: int | None = None,
         **kwargs,
     ) -> dict:
         """One step's arguments of ``forward``: the tokens that the cache does not hold, and a mask over all keys.
@@ -42,10 +43,12 @@ class QLlamaGenerationMixin:
         Positions count the real tokens before each one; padding stands at position 1.
         """
         past = past_length(past_key_values)
-        # transformers drops a mask of ones, so the length comes from the tokens when there is no mask.
+        # transformers drops a mask of ones, so the length comes from the tokens when there is no mask
         keys = input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
+        keys = keys if attention_mask is None else attention_mask.shape[1]
         if past:
-            tokens = {"input_ids": input_ids[:, past - keys :]}
+            fresh = keys - past if next_sequence_length is None else next_sequence_length
+            tokens = {"input_ids": input_ids[:, input_ids.shape[1] - fresh :]}
         elif inputs_embeds is None:
             tokens = {"input_ids": input_ids}
         else:  # without a cache the generated tokens follow the prompt's embeddings

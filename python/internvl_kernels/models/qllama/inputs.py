@@ -107,3 +107,30 @@ def check_vision(
             f"{batch} texts need {batch} / repeat_time of them"
         )
     return vision_hidden_states
+
+
+def block_rows(num_query_token: int, past, seqlen: int, has_vision: bool, zero_mask: bool) -> int:
+    """How many of the new tokens are query tokens that attend to vision states.
+
+    Args:
+        past: ``cache.Past``; a tensor start (a compiled step on a static cache) stands behind the block.
+    Raises: ValueError (a chunk inside the block, where the earlier part cannot be as in one pass).
+    """
+    if isinstance(past.start, Tensor) or past.start >= num_query_token:
+        return 0
+    if past.keeps_vision():
+        if zero_mask and (past.start or seqlen < num_query_token):
+            raise ValueError(
+                f"tokens {past.start} to {past.start + seqlen} cut the block of {num_query_token} query tokens under "
+                "use_zero_attention_mask, where each sees all others; encode the block in one chunk"
+            )
+        return min(num_query_token - past.start, seqlen)
+    if past.start == 0:
+        return num_query_token if seqlen >= num_query_token else 0
+    if has_vision and seqlen > 1:
+        raise ValueError(
+            f"vision_hidden_states were given for tokens {past.start} to {past.start + seqlen}, inside the block of "
+            f"{num_query_token} query tokens whose first {past.start} did not see them; encode the block in one chunk, "
+            "or use an EncoderDecoderCache, which keeps the projected vision states from the first chunk on"
+        )
+    return 0

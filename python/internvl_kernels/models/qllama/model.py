@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..checkpoint import CheckedLoading
 from .cache import Past, open_past
 from .configuration_qllama import QLlamaConfig
-from .inputs import check_mask, check_positions, check_vision, token_embeddings
+from .inputs import block_rows, check_mask, check_positions, check_vision, token_embeddings
 from .layers import LlamaDecoderLayer, LlamaRMSNorm
 from .masks import dense_mask, full_mask, recognise, self_mask
 from .rotary import LlamaRotaryEmbedding
@@ -72,9 +72,9 @@ class LlamaModel(LlamaPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Causal attention; the query block sees all of itself on request.
 
-        The block is the first ``num_query_token`` positions of the sequence, cached tokens included. Its rows attend
-        to the vision states once the sequence is that long; a shorter one is text and skips them, as does what
-        follows the block. Chunks that cut the block see what has come so far.
+        The block is the first ``num_query_token`` positions of the sequence, cached tokens included; its rows attend to
+        the vision states. A first chunk shorter than the block is text, which skips them, as does what follows the
+        block. With an ``EncoderDecoderCache`` the sequence is known to begin with the block: chunks may cut it.
 
         Args:
             input_ids: [B, S] int64, or inputs_embeds [B, S, hidden_size].
@@ -86,7 +86,7 @@ class LlamaModel(LlamaPreTrainedModel):
             use_zero_attention_mask: query tokens see every query token, also one that attention_mask hides.
         Returns: last_hidden_state [B, S, hidden_size] after the norm; past_key_values with ``use_cache``;
             hidden_states (input of every layer, then the result); attentions (in dense memory, when asked for).
-        Raises: ValueError (shapes, widths, ids out of range, caches that do not fit).
+        Raises: ValueError (shapes, widths, ids out of range, caches that do not fit, a block cut by a chunk).
         """
         embeds = token_embeddings(self.embed_tokens, input_ids, inputs_embeds)
         past, use_cache = self._open(past_key_values, use_cache, embeds)
@@ -99,7 +99,7 @@ class LlamaModel(LlamaPreTrainedModel):
             mask = self_mask(shape, past.start, attention_mask, num_query_token)
         return self._run(
             *(embeds, mask, past, position_ids, vision_hidden_states, repeat_time, use_cache),
-            *(bool(output_attentions), bool(output_hidden_states), return_dict),
+            *(bool(output_attentions), bool(output_hidden_states), return_dict, bool(use_zero_attention_mask)),
         )
 
     def forward_train(
@@ -174,15 +174,14 @@ class LlamaModel(LlamaPreTrainedModel):
         output_attentions: bool,
         output_hidden_states: bool,
         return_dict: bool | None,
+        zero_mask: bool = False,
     ):
         config, seqlen = self.config, embeds.shape[1]
         vision = check_vision(config, vision_hidden_states, repeat_time, embeds, past.has_vision())
         position_ids = check_positions(position_ids, tuple(embeds.shape[:2]), past.start, embeds.device)
         capacity = past.start + seqlen if isinstance(past.start, int) else past.capacity
         rope = self.rotary_emb.tables(position_ids, capacity, embeds.dtype)
-        query_rows = 0  # with a tensor start: a decoding step, behind the block
-        if isinstance(past.start, int) and past.start + seqlen >= config.num_query_token:
-            query_rows = max(config.num_query_token - past.start, 0)
+        query_rows = block_rows(config.num_query_token, past, seqlen, vision is not None, zero_mask)
         x = embeds
         if self._checkpoints() and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # else reentrant checkpoints would give the parameters no gradient
