@@ -19,14 +19,23 @@ class Session:
     """Starts the emulator afresh; there is one at a time.
 
     Args:
-        seed: order of blocks, warps and lanes, and of the sums inside of an mma.
+        seed: order of blocks, warps and lanes.
+        sum_order: another order of the sums inside of an mma; 0: ascending.
         skip: "file:line" of a barrier or wait that kernels shall leave out.
         bank_conflicts: count how accesses fall on banks and sectors (``kernels()[name]["accesses"]``).
         toward_zero: mma sums truncate, as tensor cores may.
     """
 
-    def __init__(self, *, seed: int = 0, skip: str = "", bank_conflicts: bool = False, toward_zero: bool = False):
-        machine.start(seed=seed, skip=skip, bank_conflicts=bank_conflicts, toward_zero=toward_zero)
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        sum_order: int = 0,
+        skip: str = "",
+        bank_conflicts: bool = False,
+        toward_zero: bool = False,
+    ):
+        machine.start(seed=seed, sum_order=sum_order, skip=skip, bank_conflicts=bank_conflicts, toward_zero=toward_zero)
         self._alive: list[Tensor] = []
         self._outputs: list[str] = []
 
@@ -51,9 +60,11 @@ class Session:
         return tensor
 
     def workspace(self, name: str, size_bytes: int) -> Tensor:
-        """Poisoned memory that kernels may write, and read after writing."""
-        tensor = torch.full((size_bytes,), 0xFF, dtype=torch.uint8)
-        self._alive.append(tensor)
+        """Poisoned memory at a 256-byte address that kernels may write, and read after writing."""
+        memory = torch.full((size_bytes + 256,), 0xFF, dtype=torch.uint8)
+        self._alive.append(memory)
+        start = -memory.data_ptr() % 256
+        tensor = memory[start : start + size_bytes]
         if size_bytes:
             machine.add(name, tensor.data_ptr(), size_bytes, True, bytes(size_bytes))
         return tensor

@@ -14,9 +14,10 @@ namespace {
 
 Session the_session;
 
-void start(uint64_t seed, const std::string& skip, bool bank_conflicts, bool toward_zero) {
+void start(uint64_t seed, uint64_t sum_order, const std::string& skip, bool bank_conflicts,
+           bool toward_zero) {
   the_session = Session{};
-  the_session.options = {seed, skip, bank_conflicts, toward_zero};
+  the_session.options = {seed, sum_order, skip, bank_conflicts, toward_zero};
   global_memory.clear();
   session = &the_session;
 }
@@ -86,8 +87,8 @@ py::dict kernels() {
 PYBIND11_MODULE(_emulator, m) {
   using namespace internvl::emulator;
   m.doc() = "The CUDA kernels of this package on the CPU, instruction by instruction";
-  m.def("start", &start, py::kw_only(), py::arg("seed") = 0, py::arg("skip") = "",
-        py::arg("bank_conflicts") = false, py::arg("toward_zero") = false,
+  m.def("start", &start, py::kw_only(), py::arg("seed") = 0, py::arg("sum_order") = 0,
+        py::arg("skip") = "", py::arg("bank_conflicts") = false, py::arg("toward_zero") = false,
         "Begin a session: forget memory, reports and statistics.");
   m.def("add", &add, py::arg("name"), py::arg("base"), py::arg("bytes"), py::arg("writable"),
         py::arg("known") = py::none(),

@@ -170,8 +170,7 @@ void Block::report_deadlock() {
 // ---- collectives ----
 
 void Block::collective(Collective kind, void* args, Site site) {
-  if (kind >= Collective::kSyncWarp && kind <= Collective::kBarArrive && session->skips(site))
-    return;
+  if (kind >= Collective::kSyncWarp && session->skips(site)) return;  // a vote keeps its own value
   Warp& w = warp();
   if (w.arrived == 0) {
     w.kind = kind;
@@ -326,12 +325,10 @@ void Block::perform_barrier(Warp& w) {
          "warp " + std::to_string(w.index) + " meets others in barrier " + std::to_string(args.id) +
              " from " + text_of(barrier.site) + " with another number of threads, twice, or from " +
              "another sync_threads()");
-  // A left-out bar.red still votes: only its ordering is left out.
-  const bool orders = !session->skips(w.site);
-  for (uint32_t i = 0; i < warps_.size() && orders; ++i)
+  for (uint32_t i = 0; i < warps_.size(); ++i)
     barrier.known[i] = std::max(barrier.known[i], w.known[i]);
-  if (orders) barrier.known[w.index] = std::max(barrier.known[w.index], w.clock() + 1);
-  if (orders) advance(w);
+  barrier.known[w.index] = w.clock() + 1;
+  advance(w);
   barrier.arrived += kLanes;
   barrier.arrived_warps |= bit;
   barrier.any |= any;

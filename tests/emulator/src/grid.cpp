@@ -10,14 +10,13 @@ namespace {
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxSharedBytes = 227 * 1024;
 
-// Ascending with seed 0, else any order.
 MmaOrder mma_order(const Options& options) {
   MmaOrder order{};
   std::iota(order.permutation, order.permutation + 16, 0);
-  Random random(options.seed);
-  for (uint32_t i = 15; i > 0 && options.seed != 0; --i)
+  Random random(options.sum_order);
+  for (uint32_t i = 15; i > 0 && options.sum_order != 0; --i)
     std::swap(order.permutation[i], order.permutation[random.below(i + 1)]);
-  order.addend_last = options.seed % 2 != 0;
+  order.addend_last = options.sum_order % 2 != 0;
   order.toward_zero = options.toward_zero;
   return order;
 }

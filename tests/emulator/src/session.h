@@ -11,7 +11,8 @@
 namespace internvl::emulator {
 
 struct Options {
-  uint64_t seed = 0;
+  uint64_t seed = 0;            // order of blocks, warps and lanes
+  uint64_t sum_order = 0;       // of the sums inside of an mma; 0: ascending
   std::string skip;             // "file:line" of a barrier or wait that is left out; empty: none
   bool bank_conflicts = false;  // per-site table of shared and global accesses; slower
   bool toward_zero = false;     // mma sums truncate
