@@ -19,7 +19,7 @@ import torch
 from tests.golden_reader import Case, case_ids
 from tests.golden_registry import RUNNERS, Outcome, runner_for
 
-RUNNER_MODULES = ("tests.golden_mpt", "tests.golden_qllama", "tests.golden_internvl")
+RUNNER_MODULES = ("tests.golden_mpt", "tests.golden_qllama", "tests.golden_internvl", "tests.golden_prefix_lm")
 IMPLS = ("torch", "flash", "triton")
 
 

@@ -280,10 +280,10 @@ def test_carrier_round_trip(planes, window):
     written = torch.tensor([1, 1, 1, 0, 0]) if planes & 1 else None
     segments = torch.randint(-(2**31), 2**31, (2, 5)).int() if planes & 2 else None
     blocks = torch.randint(-1, 300, (2, 5)).int() if planes & 4 else None
-    packed = carrier.encode(flags, written, segments, blocks, window)
+    packed = carrier.encode(flags, written, segments, blocks, window, weights=bool(planes & 1))
     assert carrier.is_carrier(packed)
     got = carrier.decode(packed, 5)
-    assert torch.equal(got.key_flags, flags) and got.window is window
+    assert torch.equal(got.key_flags, flags) and got.window is window and got.weights == bool(planes & 1)
     assert (got.segment_ids is None) == (planes < 2)
     assert (got.query_start(2) is None) == (written is None)
     if written is not None:

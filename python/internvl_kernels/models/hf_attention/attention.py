@@ -56,6 +56,8 @@ def internvl_attention(
     if reason is not None:
         warn_once(reason, f"attn_implementation='internvl': {reason}; attention runs as dense attention, slower")
         mask = attention_mask if carrier is None else visible(carrier, query.shape[2], window)
+        if carrier is not None and carrier.weights:
+            kwargs["output_attentions"] = True
         return dense_attention(query, key, value, mask, scaling, alibi_slopes, start, dropout, **kwargs)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     terms = {"alibi_slopes": alibi_slopes, "softmax_scale": scaling, "query_start": start}
@@ -121,7 +123,7 @@ def _dense_reason(carrier: KeyCarrier | None, query: Tensor, value: Tensor, drop
         return "a dense mask was given"
     if dropout:
         return f"attention dropout is {dropout} while training, and the kernels have none (set it to 0)"
-    if kwargs.get("output_attentions"):
+    if carrier.weights or kwargs.get("output_attentions"):
         return "output_attentions asks for the weights, which the kernels never form"
     for name in ("softcap", "s_aux", "position_bias", "head_mask"):
         if kwargs.get(name) is not None:

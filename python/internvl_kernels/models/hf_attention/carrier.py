@@ -9,7 +9,8 @@ and being an ordinary argument it survives gradient checkpointing, device maps, 
     4 planes     blocks: the bytes of int32 block ids; the tokens of a block see each other in both directions
 
 R, the number of planes, says which of them are there: 1 + (1) + (4) + (4), blocks always after segments. W says whose
-window limits the causal keys (``Window``); it is an expanded dimension and takes no memory.
+window limits the causal keys (``Window``), plus WEIGHTS when the caller wants the attention weights back; it is an
+expanded dimension and takes no memory.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import semantics
+
+WEIGHTS = 4
+
 
 class Window(IntEnum):
-    """Where the sliding window comes from; the value is the carrier's second size."""
+    """Where the sliding window comes from; the value is the carrier's second size (less WEIGHTS)."""
 
     NONE = 1  # causal keys are never too old
     CONFIG = 2  # the model's sliding window: missing is an error
@@ -38,6 +43,7 @@ class KeyCarrier(NamedTuple):
     segment_ids: Tensor | None  # int32
     block_ids: Tensor | None  # int32, negative: in no block
     window: Window
+    weights: bool = False
 
     def query_start(self, seqlen_q: int) -> Tensor | None:
         """[B] int32, or None for the operator's default (the last query meets the last key)."""
@@ -52,6 +58,7 @@ def encode(
     segment_ids: Tensor | None = None,
     block_ids: Tensor | None = None,
     window: Window = Window.NONE,
+    weights: bool = False,
 ) -> Tensor:
     """The carrier of [B, Sk] tensors."""
     planes = [key_flags.to(torch.uint8)[:, None]]
@@ -63,7 +70,7 @@ def encode(
         if ids is not None:
             planes.append(_to_bytes(ids.expand_as(key_flags)))
     packed = planes[0] if len(planes) == 1 else torch.cat(planes, 1)
-    return packed[:, None].expand(-1, int(window), -1, -1)
+    return packed[:, None].expand(-1, window + WEIGHTS * weights, -1, -1)
 
 
 def is_carrier(mask) -> bool:
@@ -73,7 +80,7 @@ def is_carrier(mask) -> bool:
 
 def decode(carrier: Tensor, seqlen_k: int) -> KeyCarrier:
     """Raises ValueError when the carrier was made for another number of keys."""
-    _, window, planes, keys = carrier.shape
+    _, form, planes, keys = carrier.shape
     if keys != seqlen_k:
         raise ValueError(f"the key carrier describes {keys} keys; attention was called with {seqlen_k}")
     first = 1 + (planes % 4 == 2)
@@ -82,7 +89,8 @@ def decode(carrier: Tensor, seqlen_k: int) -> KeyCarrier:
         written=carrier[:, 0, 1] if first == 2 else None,
         segment_ids=_to_int32(carrier[:, 0, first : first + 4]) if planes >= first + 4 else None,
         block_ids=_to_int32(carrier[:, 0, first + 4 : first + 8]) if planes == first + 8 else None,
-        window=Window(window),
+        window=Window(form - WEIGHTS if form > WEIGHTS else form),
+        weights=form > WEIGHTS,
     )
 
 
@@ -94,3 +102,10 @@ def _to_bytes(ids: Tensor) -> Tensor:
 def _to_int32(planes: Tensor) -> Tensor:
     """uint8 [B, 4, Sk] -> int32 [B, Sk]."""
     return planes.transpose(1, 2).contiguous().view(torch.int32)[..., 0]
+
+
+def without_prefix(carrier: Tensor) -> Tensor:
+    """The same carrier with no key visible to every query."""
+    planes = carrier[:, :1].clone()
+    planes[:, :, 0] &= semantics.FLAG_VALID
+    return planes.expand_as(carrier)

@@ -40,7 +40,7 @@ def internvl_mask(
     if config is not None and not _on_interface(type(config)):
         raise ValueError(
             f"attn_implementation='internvl' is set on a model of type {config.model_type!r}, whose attention does not "
-            "go through the attention interface of transformers; use 'eager'"
+            "go through the attention interface of transformers; use 'eager' (BLOOM: convert_hf_causal_lm_to_prefix_lm)"
         )
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device

@@ -1,0 +1,56 @@
+"""What ``generate`` of a converted model takes as the prefix, and what it refuses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .carriers import PrefixLMError
+
+
+def setting(model: PreTrainedModel, kwargs: dict, name: str):
+    """A generation setting: the keyword, else that of the configuration given, else the model's."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    config = kwargs.get("generation_config") or model.generation_config
+    return getattr(config, name, None)
+
+
+def check_generation(model: PreTrainedModel, kwargs: dict) -> None:
+    """Raises ValueError for settings under which a prefix would be lost."""
+    chunk = setting(model, kwargs, "prefill_chunk_size")
+    if chunk is not None:
+        raise PrefixLMError(
+            f"prefill_chunk_size is {chunk}; a prompt that is read in chunks cannot be seen in both directions"
+        )
+    cache = setting(model, kwargs, "cache_implementation")
+    if cache not in (None, "dynamic") and has_window(model.config):
+        raise PrefixLMError(
+            f"cache_implementation is {cache!r} on a model with sliding windows: its cache drops a prefix that is "
+            "older than the window; allowed: 'dynamic'"
+        )
+    assistant = kwargs.get("assistant_model")
+    if assistant is not None and not getattr(assistant, "_prefix_lm_converted", False):
+        raise PrefixLMError("assistant_model is not a prefix LM; convert it as well")
+
+
+def has_window(config) -> bool:
+    return bool(getattr(config, "sliding_window", None))
+
+
+def prompt_mask(model: PreTrainedModel, inputs: Tensor | None, kwargs: dict) -> Tensor | None:
+    """bool [B, prompt]: attention_mask, else what generate itself takes for real tokens; None without a prompt."""
+    if kwargs.get("attention_mask") is not None:
+        return kwargs["attention_mask"] != 0
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is not None:
+        return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    ids = kwargs.get("input_ids") if inputs is None else inputs
+    if ids is None:
+        return None
+    pad, eos = setting(model, kwargs, "pad_token_id"), setting(model, kwargs, "eos_token_id")
+    ends = eos if isinstance(eos, list | tuple) else [eos]
+    if pad is None or pad in ends:
+        return torch.ones_like(ids, dtype=torch.bool)
+    return ids != pad
