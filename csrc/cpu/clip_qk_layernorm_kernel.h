@@ -2,7 +2,7 @@
 // its three readings.
 #pragma once
 
-#include "cpu/gemm.h"
+#include "cpu/pack.h"
 
 namespace internvl::cpu::INTERNVL_ISA {
 namespace {

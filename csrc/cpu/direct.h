@@ -3,19 +3,19 @@
 // micro-kernel has.
 #pragma once
 
-#include "cpu/gemm.h"
+#include "cpu/pack.h"
 
 namespace internvl::cpu::INTERNVL_ISA {
 namespace {
 
 constexpr int64_t kDirectRows = 4;
 
-// s[r][j] = <q[r], row(j)> for j < round_up(keys, kLanes); q is fp32 [rows][width], zero keys where
+// s[r][j] = <q[r], row(j)> for j < round_up(keys, kLanes); q is fp32 [rows][ldq], zero keys where
 // row(j) is null. kLanes keys at a time: their dot products sit in kLanes accumulators that one
 // transposition turns into a vector.
 template <DType kType, class Row>
 INTERNVL_INLINE void direct_scores(int64_t rows, int64_t keys, int64_t width, const float* q,
-                                   const Row& row, float* s, int64_t lds) {
+                                   int64_t ldq, const Row& row, float* s, int64_t lds) {
   const int64_t whole = width / kLanes * kLanes;
   for (int64_t j = 0; j < keys; j += kLanes) {
     const typename Element<kType>::type* k[kLanes];
@@ -24,7 +24,7 @@ INTERNVL_INLINE void direct_scores(int64_t rows, int64_t keys, int64_t width, co
     for (int i = 0; i < kLanes; ++i) all = all && k[i] != nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       Vec sums[kLanes] = {};
-      const float* query = q + r * width;
+      const float* query = q + r * ldq;
       if (all) {
         for (int64_t d = 0; d < whole; d += kLanes) {
           const Vec x = load(query + d);

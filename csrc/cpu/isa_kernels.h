@@ -14,6 +14,7 @@ const Kernels INTERNVL_KERNELS = {
     INTERNVL_LANES,
     INTERNVL_ISA::kPanel,
     INTERNVL_BY_DTYPE(INTERNVL_ISA::pack_kv_tile),
+    INTERNVL_BY_DTYPE(INTERNVL_ISA::key_tile_norm),
     INTERNVL_BY_DTYPE(INTERNVL_ISA::fwd_row_tile),
     INTERNVL_BY_DTYPE(INTERNVL_ISA::merge_splits),
     INTERNVL_BY_DTYPE(INTERNVL_ISA::bwd_unit),

@@ -14,6 +14,8 @@ struct Kernels {
 
   void (*pack_kv_tile[kDTypes])(const FwdPlan&, int64_t b, int64_t head_kv, int64_t tile, float* k,
                                 float* v);
+  float (*key_tile_norm[kDTypes])(const PrefixAttnParams&, const uint8_t* used, int64_t b,
+                                  int64_t head_kv, int64_t j_lo, int64_t block_n);
   void (*fwd_row_tile[kDTypes])(const FwdPlan&, const RowTask&, float* scratch);
   void (*merge_splits[kDTypes])(const FwdPlan&, const RowTask&, float* scratch);
   void (*bwd_unit[kDTypes])(const BwdPlan&, const BwdUnit&, float* scratch);
@@ -32,6 +34,6 @@ extern const Kernels kAvx512Kernels;
 // The kernels in use: INTERNVL_CPU_ISA, else the best row the processor runs. Chosen once, when the
 // library loads.
 const Kernels& kernels();
-const char* isa_in_use();
+const IsaRow& isa_in_use();  // throws when INTERNVL_CPU_ISA names one that does not run here
 
 }  // namespace internvl::cpu

@@ -6,6 +6,7 @@
 
 #include "common/mask.h"
 #include "common/params.h"
+#include "common/prune.h"
 
 namespace internvl::cpu {
 
@@ -88,6 +89,14 @@ INTERNVL_MASK_FN int64_t tile_key_end(const KeyMask& mask, const KeyTileSummary*
   return summary->any_bidirectional ? end : visible_key_end(p_hi, 0, end);
 }
 
+// Queries from position p_lo that see some key from j_lo on all lie at or above p_lo + this many.
+INTERNVL_MASK_FN int64_t tile_query_begin(const KeyMask& mask, const KeyTileSummary* summary,
+                                          int64_t p_lo, int64_t j_lo) {
+  const bool open =
+      mask.flags ? summary->any_bidirectional : bidirectional_in_prefix(j_lo, mask.prefix_len);
+  return open ? 0 : larger(0, j_lo - p_lo);
+}
+
 // Tiles of keys, shared by forward and backward.
 struct KeyTiles {
   int64_t block_n = 0;
@@ -125,12 +134,14 @@ struct FwdPlan {
   float* packed_k =
       nullptr;  // [batch * heads_kv][key tile][k_tile_floats], null: each task packs its own tiles
   float* packed_v = nullptr;
+  float* k_norms = nullptr;      // [batch * heads_kv][key tile] next to packed_k, when pruning
+  float prune_threshold = 0.0f;  // in base 2
 
   int64_t k_tile_floats() const { return keys.block_n * params.head_dim; }
   int64_t v_tile_floats() const { return keys.block_n * padded_dim; }
   int64_t partial_floats() const { return block_m * (padded_dim + 2); }
   int64_t scratch_floats() const {
-    const int64_t rows = block_m * (params.head_dim + keys.block_n + padded_dim + 32);
+    const int64_t rows = block_m * (2 * padded_dim + keys.block_n + 32);
     return rows + 4 * keys.block_n + (packed_k ? 0 : k_tile_floats() + v_tile_floats());
   }
 };
@@ -155,15 +166,16 @@ struct BwdPlan {
   int64_t chunks = 1;
   float* dq_parts = nullptr;       // [chunks][batch][heads_q][padded_rows][padded_dim]
   double* dslope_parts = nullptr;  // [chunks][batch][heads_q]
+  float prune_threshold = 0.0f;    // in base 2
 
   int64_t dq_part_floats() const {
     return params.batch * params.heads_q * padded_rows * padded_dim;
   }
   int64_t tiles_per_chunk() const { return (keys.count + chunks - 1) / chunks; }
   int64_t scratch_floats() const {
-    const int64_t head = padded_rows * (2 * params.head_dim + 2 * padded_dim + 4);
+    const int64_t head = padded_rows * (2 * params.head_dim + 2 * padded_dim + 5);
     const int64_t sums = 2 * tiles_per_chunk() * keys.block_n * padded_dim;
-    const int64_t tile = keys.block_n * (3 * padded_dim + 2 * block_m);
+    const int64_t tile = keys.block_n * (3 * padded_dim + 3 * block_m);
     return head + sums + tile;
   }
 };

@@ -3,152 +3,24 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "common/check.h"
 #include "cpu/kernels.h"
+#include "cpu/key_tiles.h"
 #include "cpu/parallel.h"
 
 namespace internvl::cpu {
-
-const IsaRow& chosen_row() {
-  static const IsaRow* row = choose_isa(std::getenv("INTERNVL_CPU_ISA"));
-  if (!row) {
-    std::string message = "INTERNVL_CPU_ISA is '" + std::string(std::getenv("INTERNVL_CPU_ISA")) +
-                          "'; this processor "
-                          "and build allow:";
-    for (const IsaRow& other : kIsaTable)
-      if (other.compiled && other.supported()) message += std::string(" ") + other.name;
-    throw std::invalid_argument(message);
-  }
-  return *row;
-}
-
-const Kernels& kernels() {
-  switch (chosen_row().isa) {
-#if defined(INTERNVL_ISA_AVX2)
-    case Isa::kAvx2:
-      return kAvx2Kernels;
-#endif
-#if defined(INTERNVL_ISA_AVX512)
-    case Isa::kAvx512:
-      return kAvx512Kernels;
-#endif
-    default:
-      return kBaselineKernels;
-  }
-}
 
 namespace {
 
 using torch::headeronly::ScalarType;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
-
-// --- keys
-// -----------------------------------------------------------------------------------------------------
-
-// Which keys some query of batch row b sees. Invisible slots may hold anything; packing turns them
-// into zeros.
-void mark_used_keys(const KeyMask& mask, int64_t seqlen_q, uint8_t* used) {
-  const int64_t p_lo = mask.first_position, p_hi = p_lo + seqlen_q - 1;
-  const int64_t seqlen_k = mask.seqlen_k;
-  std::fill(used, used + seqlen_k, uint8_t{0});
-  if (seqlen_q == 0) return;
-  const int64_t causal_begin = causal_key_begin(p_lo, mask.window);
-  if (!mask.flags) {
-    const auto mark = [&](int64_t begin, int64_t end) {
-      begin = larger(begin, mask.start);
-      end = smaller(end, mask.end);
-      if (begin < end) std::fill(used + begin, used + end, uint8_t{1});
-    };
-    mark(0, mask.prefix_len);
-    mark(causal_begin, visible_key_end(p_hi, 0, seqlen_k));
-  } else {
-    for (int64_t j = 0; j < seqlen_k; ++j) {
-      const int flags = mask.flags[j];
-      used[j] = flag_valid(flags) &&
-                (flag_bidirectional(flags) || causal_reaches(p_lo, p_hi, j, j + 1, mask.window));
-    }
-  }
-  if (!mask.segments) return;
-  const QuerySegments own = query_segments(mask, p_lo, p_hi);
-  for (int64_t j = 0; j < seqlen_k; ++j) {
-    if (!used[j]) continue;
-    const int32_t segment = mask.segments[j];
-    bool found = false;
-    if (own.any_inside && own.lo <= segment && segment <= own.hi) {
-      const int flags = mask.flags ? mask.flags[j] : 0;
-      const bool open =
-          mask.flags ? flag_bidirectional(flags) : bidirectional_in_prefix(j, mask.prefix_len);
-      const int64_t last = smaller(p_hi, seqlen_k - 1);
-      for (int64_t p = larger(0, p_lo); p <= last && !found; ++p)
-        found = mask.segments[p] == segment && (open || causal(p, j, mask.window));
-    }
-    used[j] = found;
-  }
-}
-
-KeyTileSummary summarize(const KeyMask& mask, int64_t j_lo, int64_t j_hi) {
-  KeyTileSummary summary;
-  const int64_t end = smaller(j_hi, mask.seqlen_k);
-  if (mask.flags) {
-    bool any_valid = false, all_valid = j_hi <= mask.seqlen_k, any_open = false, all_open = true;
-    for (int64_t j = j_lo; j < end; ++j) {
-      const int flags = mask.flags[j];
-      if (flag_valid(flags)) {
-        any_valid = true;
-        any_open |= flag_bidirectional(flags);
-        all_open &= flag_bidirectional(flags);
-      } else {
-        all_valid = false;
-      }
-    }
-    summary.any_valid = any_valid;
-    summary.all_valid = all_valid;
-    summary.any_bidirectional = any_open;
-    summary.all_bidirectional = any_valid && all_open;
-  }
-  if (mask.segments) {
-    const auto [lo, hi] = std::minmax_element(mask.segments + j_lo, mask.segments + end);
-    summary.segment_lo = *lo;
-    summary.segment_hi = *hi;
-  }
-  return summary;
-}
-
-// Owns what KeyTiles points to.
-struct KeyTileData {
-  std::vector<uint8_t> used;
-  std::vector<KeyTileSummary> summaries;
-
-  KeyTiles build(const PrefixAttnParams& params, int64_t block_n) {
-    KeyTiles tiles;
-    tiles.block_n = block_n;
-    tiles.count = ceil_div(params.seqlen_k, block_n);
-    used.resize(params.batch * params.seqlen_k);
-    const bool summarized = params.key_flags || params.segment_ids;
-    if (summarized) summaries.resize(params.batch * tiles.count);
-    for (int64_t b = 0; b < params.batch; ++b) {
-      const KeyMask mask = key_mask(params, b);
-      mark_used_keys(mask, params.seqlen_q, used.data() + b * params.seqlen_k);
-      for (int64_t tile = 0; summarized && tile < tiles.count; ++tile)
-        summaries[b * tiles.count + tile] = summarize(mask, tile * block_n, (tile + 1) * block_n);
-    }
-    tiles.used = used.data();
-    tiles.summaries = summarized ? summaries.data() : nullptr;
-    return tiles;
-  }
-};
-
 // --- forward
 // --------------------------------------------------------------------------------------------------
 
+constexpr float kLog2E = 1.4426950408889634f;
 constexpr int64_t kBlockM = 48;       // rows per tile: a multiple of every ISA's micro-kernel rows
 constexpr int64_t kEnoughTasks = 16;  // split the keys of a call with fewer row tiles than this
 constexpr int64_t kMinTilesPerSplit = 4;
@@ -220,6 +92,7 @@ void run_forward(const Tensor& q, const PrefixAttnParams& params) {
   for (const RowTask& task : tasks) cost += static_cast<double>(task.cost);
   const double flops = 4.0 * cost * static_cast<double>(params.head_dim);
 
+  plan.prune_threshold = prune_threshold(params.dtype, params.seqlen_k) * kLog2E;
   const int64_t count = static_cast<int64_t>(tasks.size());
   if (count < kEnoughTasks)
     plan.splits = std::max<int64_t>(
@@ -238,14 +111,18 @@ void run_forward(const Tensor& q, const PrefixAttnParams& params) {
   const int64_t kv_heads = params.batch * params.heads_kv;
   if (count > 2 * kv_heads) {
     const int64_t tiles = kv_heads * plan.keys.count;
-    packed = torch::stable::new_empty(q, {tiles * (plan.k_tile_floats() + plan.v_tile_floats())},
-                                      ScalarType::Float);
+    packed = torch::stable::new_empty(
+        q, {tiles * (plan.k_tile_floats() + plan.v_tile_floats() + 1)}, ScalarType::Float);
     plan.packed_k = static_cast<float*>(packed.mutable_data_ptr());
     plan.packed_v = plan.packed_k + tiles * plan.k_tile_floats();
+    plan.k_norms = plan.packed_v + tiles * plan.v_tile_floats();
     run_tasks(tiles, 0, flops, [&](int64_t index, float*) {
-      const int64_t head = index / plan.keys.count;
-      isa.pack_kv_tile[dtype](plan, head / params.heads_kv, head % params.heads_kv,
-                              index % plan.keys.count, plan.packed_k + index * plan.k_tile_floats(),
+      const int64_t head = index / plan.keys.count, tile = index % plan.keys.count;
+      const int64_t b = head / params.heads_kv, head_kv = head % params.heads_kv;
+      if (params.alibi_prune)
+        plan.k_norms[index] = isa.key_tile_norm[dtype](params, plan.keys.used, b, head_kv,
+                                                       tile * plan.keys.block_n, plan.keys.block_n);
+      isa.pack_kv_tile[dtype](plan, b, head_kv, tile, plan.packed_k + index * plan.k_tile_floats(),
                               plan.packed_v + index * plan.v_tile_floats());
     });
   }
@@ -305,6 +182,7 @@ void run_backward(const Tensor& q, const PrefixAttnParams& params, const PrefixA
       std::fill(grads.dalibi_slopes, grads.dalibi_slopes + params.heads_q, 0.0f);
     return;
   }
+  plan.prune_threshold = prune_threshold(params.dtype, params.seqlen_k) * kLog2E;
   plan.chunks = std::max<int64_t>(1, std::min(ceil_div(kEnoughUnits, kv_heads), plan.keys.count));
   const double flops = 10.0 * static_cast<double>(params.batch * params.heads_q) * params.seqlen_q *
                        params.seqlen_k * params.head_dim;
@@ -370,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_attn_backward(
   return {dq, dk, dv, dslopes};
 }
 
-int64_t cpu_isa() { return &chosen_row() - kIsaTable; }
+int64_t cpu_isa() { return &isa_in_use() - kIsaTable; }
 
 }  // namespace
 }  // namespace internvl::cpu

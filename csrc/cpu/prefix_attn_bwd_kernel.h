@@ -4,63 +4,15 @@
 // Per query head the rows are packed once; then, per (key tile, query tile), everything is held
 // transposed so that the lanes run over queries: S^T = K Q^T, dP^T = V dO^T, P = 2^(S - lse), dS =
 // P * (dP - delta), and dV += P^T dO, dK += dS^T Q, dQ += dS K. delta_i = sum_d dO * O - grad_lse.
-// The sums run in a fixed order, so the same inputs give the same bits at any thread count.
-// Meaning: semantics.py.
+// Keys and queries of a pair that see nothing of each other at its rim are left out, and so are
+// pairs whose weight vanishes under ALiBi (prune.h). The sums run in a fixed order, so the same
+// inputs give the same bits at any thread count. Meaning: semantics.py.
 #pragma once
 
-#include "cpu/prefix_attn_fwd_kernel.h"
+#include "cpu/softmax_grad.h"
 
 namespace internvl::cpu::INTERNVL_ISA {
 namespace {
-
-struct BwdScratch {
-  // one query head, all rows
-  float* q_t;     // row panels, times softmax_scale * log2(e)
-  float* grad_t;  // row panels of grad_out
-  float* q;       // column panels per query tile
-  float* grad;    // column panels per query tile
-  float* lse;     // in base 2; +inf on rows without a visible key, so that P vanishes
-  float* delta;
-  int32_t* segments;
-  int32_t* inside;
-  // dk and dv of the unit's tiles
-  float* dk;
-  float* dv;
-  // one key tile
-  float* k;         // row-major
-  float* v;         // row-major
-  float* k_panels;  // column panels
-  float* s_t;       // [block_n][block_m]: S^T, then P^T
-  float* ds_t;      // [block_n][block_m]: dP^T, then dS^T
-};
-
-INTERNVL_INLINE BwdScratch carve(const BwdPlan& plan, float* memory) {
-  const int64_t rows = plan.padded_rows;
-  const int64_t block_n = plan.keys.block_n;
-  const int64_t head_dim = plan.params.head_dim;
-  const auto take = [&memory](int64_t floats) {
-    float* start = memory;
-    memory += floats;
-    return start;
-  };
-  BwdScratch scratch;
-  scratch.q_t = take(rows * head_dim);
-  scratch.grad_t = take(rows * head_dim);
-  scratch.q = take(rows * plan.padded_dim);
-  scratch.grad = take(rows * plan.padded_dim);
-  scratch.lse = take(rows);
-  scratch.delta = take(rows);
-  scratch.segments = reinterpret_cast<int32_t*>(take(rows));
-  scratch.inside = reinterpret_cast<int32_t*>(take(rows));
-  scratch.dk = take(plan.tiles_per_chunk() * block_n * plan.padded_dim);
-  scratch.dv = take(plan.tiles_per_chunk() * block_n * plan.padded_dim);
-  scratch.k = take(block_n * plan.padded_dim);
-  scratch.v = take(block_n * plan.padded_dim);
-  scratch.k_panels = take(block_n * plan.padded_dim);
-  scratch.s_t = take(block_n * plan.block_m);
-  scratch.ds_t = take(block_n * plan.block_m);
-  return scratch;
-}
 
 // sum_d grad_out * out of one row, in fp32.
 template <DType kType>
@@ -72,29 +24,42 @@ INTERNVL_INLINE float row_dot(const typename Element<kType>::type* a,
   return horizontal_sum(sum);
 }
 
+// lse, delta and what the mask and the pruning ask of query row i.
+template <DType kType>
+INTERNVL_INLINE void load_query_terms(const BwdPlan& plan, const KeyMask& mask, int64_t b,
+                                      int64_t head, int64_t i, const BwdScratch& scratch) {
+  const PrefixAttnParams& params = plan.params;
+  const int64_t at = (b * params.heads_q + head) * params.seqlen_q + i;
+  const bool empty = i >= params.seqlen_q || params.lse[at] == -kInfinity;
+  scratch.lse[i] = empty ? kInfinity : params.lse[at] * kLog2E;
+  scratch.delta[i] = 0.0f;
+  scratch.q_norm[i] = -1.0f;
+  if (!empty) {
+    scratch.delta[i] = row_dot<kType>(row_of<kType>(plan.grads.grad_out, b, i, head),
+                                      row_of<kType>(params.out, b, i, head), params.head_dim);
+    if (plan.grads.grad_lse) scratch.delta[i] -= plan.grads.grad_lse[at];
+    if (params.alibi_prune)
+      scratch.q_norm[i] =
+          __builtin_isfinite(scratch.delta[i])
+              ? row_norm<kType>(row_of<kType>(params.q, b, i, head), params.head_dim)
+              : kInfinity;
+  }
+  const int64_t p = query_position(mask.first_position, i);
+  const bool inside = p >= 0 && p < mask.seqlen_k;
+  scratch.inside[i] = inside ? -1 : 0;
+  scratch.segments[i] = mask.segments && inside ? mask.segments[p] : 0;
+}
+
 template <DType kType>
 INTERNVL_INLINE void load_query_head(const BwdPlan& plan, const KeyMask& mask, int64_t b,
                                      int64_t head, const BwdScratch& scratch) {
+  constexpr Operand kOperand = kOperandOf<kType>;
   const PrefixAttnParams& params = plan.params;
-  const int64_t rows = params.seqlen_q;
-  const int64_t offset = (b * params.heads_q + head) * rows;
-  for (int64_t i = 0; i < plan.padded_rows; ++i) {
-    const bool empty = i >= rows || params.lse[offset + i] == -kInfinity;
-    scratch.lse[i] = empty ? kInfinity : params.lse[offset + i] * kLog2E;
-    scratch.delta[i] = 0.0f;
-    if (!empty) {
-      scratch.delta[i] = row_dot<kType>(row_of<kType>(plan.grads.grad_out, b, i, head),
-                                        row_of<kType>(params.out, b, i, head), params.head_dim);
-      if (plan.grads.grad_lse) scratch.delta[i] -= plan.grads.grad_lse[offset + i];
-    }
-    const int64_t p = query_position(mask.first_position, i);
-    const bool inside = p >= 0 && p < mask.seqlen_k;
-    scratch.inside[i] = inside ? -1 : 0;
-    scratch.segments[i] = mask.segments && inside ? mask.segments[p] : 0;
-  }
+  for (int64_t i = 0; i < plan.padded_rows; ++i)
+    load_query_terms<kType>(plan, mask, b, head, i, scratch);
   // Rows without a visible key carry no gradient, whatever stands in them.
   for (int64_t i0 = 0; i0 < plan.padded_rows; i0 += plan.block_m) {
-    const int64_t count = smallest(plan.block_m, rows - i0);
+    const int64_t count = smallest(plan.block_m, params.seqlen_q - i0);
     const auto q_row = [&](int64_t r) {
       return scratch.lse[i0 + r] == kInfinity ? nullptr : row_of<kType>(params.q, b, i0 + r, head);
     };
@@ -102,125 +67,62 @@ INTERNVL_INLINE void load_query_head(const BwdPlan& plan, const KeyMask& mask, i
       return scratch.lse[i0 + r] == kInfinity ? nullptr
                                               : row_of<kType>(plan.grads.grad_out, b, i0 + r, head);
     };
-    const float factor = params.softmax_scale * kLog2E;
-    const int64_t narrow = i0 * params.head_dim, wide = i0 * plan.padded_dim;
-    pack_row_panels<kType>(q_row, count, plan.block_m, params.head_dim, factor,
-                           scratch.q_t + narrow);
-    pack_row_panels<kType>(grad_row, count, plan.block_m, params.head_dim, 1.0f,
-                           scratch.grad_t + narrow);
-    pack_column_panels<kType>(q_row, count, plan.block_m, params.head_dim, plan.padded_dim,
-                              scratch.q + wide);
-    pack_column_panels<kType>(grad_row, count, plan.block_m, params.head_dim, plan.padded_dim,
-                              scratch.grad + wide);
+    const int64_t narrow = i0 * elements<kOperand>(params.head_dim);
+    const int64_t wide = elements<kOperand>(i0) * plan.padded_dim;
+    pack_row_panels<kOperand, kType>(q_row, count, plan.block_m, params.head_dim,
+                                     params.softmax_scale * kLog2E, scratch.q_t + narrow);
+    pack_row_panels<kOperand, kType>(grad_row, count, plan.block_m, params.head_dim, 1.0f,
+                                     scratch.grad_t + narrow);
+    pack_column_panels<kOperand, kType>(q_row, count, plan.block_m, params.head_dim,
+                                        plan.padded_dim, scratch.q + wide);
+    pack_column_panels<kOperand, kType>(grad_row, count, plan.block_m, params.head_dim,
+                                        plan.padded_dim, scratch.grad + wide);
   }
 }
 
 template <DType kType>
 INTERNVL_INLINE void load_key_tile(const BwdPlan& plan, int64_t b, int64_t head_kv, int64_t tile,
                                    const BwdScratch& scratch) {
+  constexpr Operand kOperand = kOperandOf<kType>;
   const PrefixAttnParams& params = plan.params;
   const int64_t block_n = plan.keys.block_n;
   const int64_t j_lo = tile * block_n;
-  const int64_t rows = smallest(block_n, params.seqlen_k - j_lo);
-  const uint8_t* used = plan.keys.used + b * params.seqlen_k + j_lo;
-  const auto k_row = [&](int64_t r) {
-    return r < rows && used[r] ? row_of<kType>(params.k, b, j_lo + r, head_kv) : nullptr;
-  };
-  const auto v_row = [&](int64_t r) {
-    return r < rows && used[r] ? row_of<kType>(params.v, b, j_lo + r, head_kv) : nullptr;
-  };
-  pack_rows<kType>(k_row, block_n, params.head_dim, plan.padded_dim, 1.0f, scratch.k);
-  pack_rows<kType>(v_row, block_n, params.head_dim, plan.padded_dim, 1.0f, scratch.v);
-  pack_column_panels<kType>(k_row, rows, block_n, params.head_dim, plan.padded_dim,
-                            scratch.k_panels);
-}
-
-// Visibility of key j for kLanes query rows from `i`: all ones where visible. Rows beyond seqlen_q
-// need no mask: their lse is +inf and their P is 0.
-INTERNVL_INLINE VecI visible_lanes(const KeyMask& mask, const BwdScratch& scratch, int64_t i,
-                                   int64_t j) {
-  VecI p;
-  for (int lane = 0; lane < kLanes; ++lane)
-    p[lane] =
-        clamp_position(query_position(mask.first_position, i + lane), mask.seqlen_k, mask.window);
-  const VecI is_causal = causal(p, static_cast<int32_t>(j), static_cast<int32_t>(mask.window));
-  bool valid, bidirectional;
-  if (mask.flags) {
-    valid = flag_valid(static_cast<int>(mask.flags[j]));
-    bidirectional = flag_bidirectional(static_cast<int>(mask.flags[j]));
-  } else {
-    valid = valid_in_range(j, mask.start, mask.end);
-    bidirectional = bidirectional_in_prefix(j, mask.prefix_len);
-  }
-  VecI same_segment = VecI{} - 1;
-  if (mask.segments)
-    same_segment = (load(scratch.segments + i) == mask.segments[j]) & load(scratch.inside + i);
-  return visible(VecI{} - static_cast<int>(valid), same_segment,
-                 VecI{} - static_cast<int>(bidirectional), is_causal);
-}
-
-// S^T, dP^T -> P^T, dS^T in place for one tile pair; returns sum dS * |p - j| (for the slope's
-// gradient).
-template <bool kAlibi, bool kPartial>
-INTERNVL_INLINE double softmax_grad_tile(const BwdPlan& plan, const KeyMask& mask,
-                                         const BwdScratch& scratch, float slope_log2, int64_t i0,
-                                         int64_t j_lo, int64_t keys) {
-  const Vec slope = broadcast(slope_log2);
-  const int64_t p0 = query_position(mask.first_position, i0);
-  double total = 0.0;
-  for (int64_t n = 0; n < keys; ++n) {
-    const Vec distance0 = to_float(lane_index()) + static_cast<float>(p0 - (j_lo + n));
-    float* s = scratch.s_t + n * plan.block_m;
-    float* ds = scratch.ds_t + n * plan.block_m;
-    Vec weighted{};
-    for (int64_t m = 0; m < plan.block_m; m += kLanes) {
-      Vec x = load(s + m);
-      const Vec distance = absolute(distance0 + static_cast<float>(m));
-      if (kAlibi) x -= slope * distance;
-      Vec probability = exp2(x - load(scratch.lse + i0 + m));
-      Vec score_grad = probability * (load(ds + m) - load(scratch.delta + i0 + m));
-      if (kPartial) {
-        const VecI seen = visible_lanes(mask, scratch, i0 + m, j_lo + n);
-        probability = select(seen, probability, Vec{});
-        score_grad = select(seen, score_grad, Vec{});
-      }
-      if (kAlibi) weighted += score_grad * distance;
-      store(s + m, probability);
-      store(ds + m, score_grad);
-    }
-    if (kAlibi) total += horizontal_sum(weighted);
-  }
-  return total;
+  const auto k_row = key_rows<kType>(params, plan.keys.used, params.k, b, head_kv, j_lo);
+  const auto v_row = key_rows<kType>(params, plan.keys.used, params.v, b, head_kv, j_lo);
+  pack_rows<kOperand, kType>(k_row, block_n, params.head_dim, 1.0f, scratch.k);
+  pack_rows<kOperand, kType>(v_row, block_n, params.head_dim, 1.0f, scratch.v);
+  pack_column_panels<kOperand, kType>(k_row, block_n, block_n, params.head_dim, plan.padded_dim,
+                                      scratch.k_panels);
 }
 
 // All products of one (key tile, query tile) pair. Columns of the transposed tiles are queries.
+template <Operand kOperand>
 INTERNVL_INLINE double accumulate_tile_pair(const BwdPlan& plan, const KeyMask& mask,
-                                            const BwdScratch& scratch, bool partial,
-                                            float slope_log2, int64_t i0, int64_t j_lo,
-                                            int64_t keys, float* dk, float* dv, float* dq) {
+                                            const BwdScratch& scratch, const TilePair& pair,
+                                            float* dk, float* dv, float* dq) {
   const int64_t head_dim = plan.params.head_dim;
   const int64_t padded = plan.padded_dim;
-  const int64_t block_m = plan.block_m;
-  const int64_t narrow = i0 * head_dim, wide = i0 * padded;
-  multiply<ALayout::kRowMajor>(keys, block_m, head_dim, scratch.k, padded, scratch.q_t + narrow,
-                               head_dim, scratch.s_t, block_m, false);
-  multiply<ALayout::kRowMajor>(keys, block_m, head_dim, scratch.v, padded, scratch.grad_t + narrow,
-                               head_dim, scratch.ds_t, block_m, false);
-  double dslope = 0.0;
-  if (plan.params.alibi_slopes)
-    dslope = partial
-                 ? softmax_grad_tile<true, true>(plan, mask, scratch, slope_log2, i0, j_lo, keys)
-                 : softmax_grad_tile<true, false>(plan, mask, scratch, slope_log2, i0, j_lo, keys);
-  else if (partial)
-    softmax_grad_tile<false, true>(plan, mask, scratch, slope_log2, i0, j_lo, keys);
-  else
-    softmax_grad_tile<false, false>(plan, mask, scratch, slope_log2, i0, j_lo, keys);
-  multiply<ALayout::kRowMajor>(keys, padded, block_m, scratch.s_t, block_m, scratch.grad + wide,
-                               block_m, dv, padded, true);
-  multiply<ALayout::kRowMajor>(keys, padded, block_m, scratch.ds_t, block_m, scratch.q + wide,
-                               block_m, dk, padded, true);
-  multiply<ALayout::kColumnMajor>(block_m, padded, keys, scratch.ds_t, block_m, scratch.k_panels,
-                                  plan.keys.block_n, dq + wide, padded, true);
+  const int64_t block_m = plan.block_m, m0 = pair.m0, columns = block_m - m0;
+  const int64_t depth = elements<kOperand>(head_dim), stride = row_elements<kOperand>(head_dim);
+  const int64_t narrow = (pair.i0 + m0) * depth;  // whole panels before column m0
+  multiply<kOperand, ALayout::kRowMajor>(pair.keys, columns, depth, scratch.k, stride,
+                                         scratch.q_t + narrow, depth, scratch.s_t + m0, block_m,
+                                         false, plan.params.softmax_scale * kLog2E);
+  multiply<kOperand, ALayout::kRowMajor>(pair.keys, columns, depth, scratch.v, stride,
+                                         scratch.grad_t + narrow, depth, scratch.ds_t + m0, block_m,
+                                         false);
+  const double dslope = softmax_grad<kOperand>(plan, mask, scratch, pair);
+  const int64_t e0 = elements<kOperand>(m0), rows = elements<kOperand>(block_m);
+  const int64_t wide = elements<kOperand>(pair.i0) * padded;
+  multiply_from<kOperand>(pair.keys, padded, e0, rows, scratch.s_t, block_m, scratch.grad + wide,
+                          dv, padded);
+  multiply_from<kOperand>(pair.keys, padded, e0, rows, scratch.ds_t, block_m, scratch.q + wide, dk,
+                          padded);
+  if constexpr (kOperand == Operand::kPairs) pair_keys(plan, scratch, pair);
+  const float* ds = kOperand == Operand::kPairs ? scratch.ds_pairs : scratch.ds_t;
+  multiply<kOperand, ALayout::kColumnMajor>(
+      columns, padded, elements<kOperand>(pair.keys), ds + m0, block_m, scratch.k_panels,
+      elements<kOperand>(plan.keys.block_n), dq + (pair.i0 + m0) * padded, padded, true);
   return dslope;
 }
 
@@ -238,13 +140,66 @@ INTERNVL_INLINE void store_gradient_rows(const View& view, int64_t b, int64_t s0
   }
 }
 
+// May every query row of the tile at i0 leave the keys [j_lo, j_hi) of norm at most k_norm unread?
+// (base 2) Rows without a visible key have nothing to lose.
+INTERNVL_INLINE bool prune_pair(const BwdPlan& plan, const KeyMask& mask, const BwdScratch& scratch,
+                                float k_norm, const TilePair& pair) {
+  const float scale = plan.params.softmax_scale * kLog2E;
+  const int64_t end = smallest(pair.i0 + plan.block_m, plan.params.seqlen_q);
+  for (int64_t i = pair.i0; i < end; ++i) {
+    if (scratch.q_norm[i] < 0.0f) continue;
+    const float cutoff = prune_cutoff(pair.slope_log2, scale, scratch.q_norm[i], k_norm,
+                                      scratch.lse[i], plan.prune_threshold);
+    const int64_t p = query_position(mask.first_position, i);
+    if (!prune_tile(cutoff, tile_distance(p, p, pair.j_lo, pair.j_lo + pair.keys))) return false;
+  }
+  return true;
+}
+
+// One key tile against all rows of a query head; returns its share of the slope's gradient.
+template <DType kType>
+INTERNVL_INLINE double add_key_tile(const BwdPlan& plan, const KeyMask& mask,
+                                    const BwdScratch& scratch, int64_t b, int64_t head_kv,
+                                    int64_t tile, float slope_log2, float* dk, float* dv,
+                                    float* dq) {
+  const PrefixAttnParams& params = plan.params;
+  const int64_t j_lo = tile * plan.keys.block_n;
+  const int64_t j_hi = smallest(j_lo + plan.keys.block_n, params.seqlen_k);
+  const KeyTileSummary* summary = plan.keys.summary(b, tile);
+  const float k_norm = params.alibi_prune ? key_tile_norm<kType>(params, plan.keys.used, b, head_kv,
+                                                                 j_lo, plan.keys.block_n)
+                                          : 0.0f;
+  bool loaded = false;
+  double dslope = 0.0;
+  for (int64_t i0 = 0; i0 < params.seqlen_q; i0 += plan.block_m) {
+    const int64_t p_lo = query_position(mask.first_position, i0);
+    const int64_t p_hi =
+        query_position(mask.first_position, smallest(i0 + plan.block_m, params.seqlen_q) - 1);
+    const QuerySegments own = query_segments(mask, p_lo, p_hi);
+    const TileClass tile_class = classify(mask, summary, own, p_lo, p_hi, j_lo, j_hi);
+    if (tile_class == kTileEmpty) continue;
+    TilePair pair;
+    pair.i0 = i0;
+    pair.m0 = tile_query_begin(mask, summary, p_lo, j_lo) / kPanel * kPanel;
+    pair.j_lo = j_lo;
+    pair.keys = tile_key_end(mask, summary, p_hi, j_hi) - j_lo;
+    pair.partial = tile_class == kTilePartial;
+    pair.slope_log2 = slope_log2;
+    if (params.alibi_prune && prune_pair(plan, mask, scratch, k_norm, pair)) continue;
+    if (!loaded) load_key_tile<kType>(plan, b, head_kv, tile, scratch);
+    loaded = true;
+    dslope += accumulate_tile_pair<kOperandOf<kType>>(plan, mask, scratch, pair, dk, dv, dq);
+  }
+  return dslope;
+}
+
 template <DType kType>
 void bwd_unit(const BwdPlan& plan, const BwdUnit& unit, float* memory) {
   const PrefixAttnParams& params = plan.params;
   const int64_t block_n = plan.keys.block_n;
   const int64_t tile_floats = block_n * plan.padded_dim;
   const KeyMask mask = key_mask(params, unit.b);
-  const BwdScratch scratch = carve(plan, memory);
+  const BwdScratch scratch = carve_backward(plan, memory);
   for (int64_t f = 0; f < 2 * plan.tiles_per_chunk() * tile_floats; f += kLanes)
     store(scratch.dk + f, Vec{});
 
@@ -256,25 +211,10 @@ void bwd_unit(const BwdPlan& plan, const BwdUnit& unit, float* memory) {
     const float slope_log2 = params.alibi_slopes ? params.alibi_slopes[head] * kLog2E : 0.0f;
     double dslope = 0.0;
     load_query_head<kType>(plan, mask, unit.b, head, scratch);
-    for (int64_t tile = unit.chunk, slot = 0; tile < plan.keys.count; tile += plan.chunks, ++slot) {
-      const int64_t j_lo = tile * block_n;
-      const int64_t keys = smallest(block_n, params.seqlen_k - j_lo);
-      const KeyTileSummary* summary = plan.keys.summary(unit.b, tile);
-      bool loaded = false;
-      for (int64_t i0 = 0; i0 < params.seqlen_q; i0 += plan.block_m) {
-        const int64_t p_lo = query_position(mask.first_position, i0);
-        const int64_t p_hi =
-            query_position(mask.first_position, smallest(i0 + plan.block_m, params.seqlen_q) - 1);
-        const QuerySegments own = query_segments(mask, p_lo, p_hi);
-        const TileClass tile_class = classify(mask, summary, own, p_lo, p_hi, j_lo, j_lo + keys);
-        if (tile_class == kTileEmpty) continue;
-        if (!loaded) load_key_tile<kType>(plan, unit.b, unit.head_kv, tile, scratch);
-        loaded = true;
-        dslope += accumulate_tile_pair(plan, mask, scratch, tile_class == kTilePartial, slope_log2,
-                                       i0, j_lo, keys, scratch.dk + slot * tile_floats,
-                                       scratch.dv + slot * tile_floats, dq);
-      }
-    }
+    for (int64_t tile = unit.chunk, slot = 0; tile < plan.keys.count; tile += plan.chunks, ++slot)
+      dslope +=
+          add_key_tile<kType>(plan, mask, scratch, unit.b, unit.head_kv, tile, slope_log2,
+                              scratch.dk + slot * tile_floats, scratch.dv + slot * tile_floats, dq);
     if (plan.dslope_parts) plan.dslope_parts[part] = -dslope;
   }
 

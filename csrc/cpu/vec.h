@@ -209,6 +209,48 @@ INTERNVL_INLINE VecH float_to_float16(Vec x) {
 #endif
 }
 
+// --- pairs of bf16: 32 bits hold two neighbours along the depth of a product, the first one below
+
+#if defined(INTERNVL_BF16_PAIRS)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+INTERNVL_INLINE Vec without_subnormals(Vec x) {
+  return select((as_bits(x) & 0x7f800000u) == 0, as_float(as_bits(x) & 0x80000000u), x);
+}
+INTERNVL_INLINE Vec first_of_pairs(Vec x) { return without_subnormals(as_float(as_bits(x) << 16)); }
+INTERNVL_INLINE Vec second_of_pairs(Vec x) {
+  return without_subnormals(as_float(as_bits(x) & 0xffff0000u));
+}
+
+// sum + a.first * b.first + a.second * b.second with the rounding of VDPBF16PS: one FMA for the
+// second numbers, then one for the first; subnormals are zero going in and coming out.
+INTERNVL_INLINE Vec dot_pairs(Vec sum, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+  sum = without_subnormals(sum) + second_of_pairs(a) * second_of_pairs(b);
+  return without_subnormals(without_subnormals(sum) + first_of_pairs(a) * first_of_pairs(b));
+#endif
+}
+
+// Round to nearest even as an operand of dot_pairs, which reads subnormals as zero.
+INTERNVL_INLINE VecH round_to_pairs(Vec x) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<VecH>(_mm512_cvtneps_pbh(x));
+#else
+  return float_to_bfloat16(x);
+#endif
+}
+
+// Two vectors as the first and the second numbers of kLanes pairs.
+INTERNVL_INLINE Vec make_pairs(VecH first, VecH second) {
+  return as_float(__builtin_convertvector(first, VecU) |
+                  (__builtin_convertvector(second, VecU) << 16));
+}
+
 // --- element types
 // --------------------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ They hold for every kernel that reads its inputs once, accumulates in fp32 in an
     a sum of n terms      off by eps / 2 * (sqrt(n) + SLACK) * sum |terms|: roundings add up like a random walk
     a score               that, times |scale|, plus 2 eps |bias|: slope, product, sum and shift are rounded apart
     lse                   the errors of the scores, weighted by their probabilities, plus 2 eps * |lse|
-    a probability         relative error = error of its score plus that of lse
+    a probability         relative error = error of its score plus that of lse; under ALiBi it may be left out where it
+                          is below PRUNED / seqlen_k (csrc/common/prune.h)
     out, dq, dk, dv       one rounding to their dtype
     delta = dO . out      carries the rounding of out in q's dtype, hence eps(dtype) / 2 * |dO||out| in every gradient,
                           multiplied by the distances in the slopes' gradient
@@ -22,12 +23,18 @@ import math
 import torch
 from torch import Tensor
 
-from .. import semantics
+from .. import env, semantics
 from .cases import Inputs
 
 EPS = torch.finfo(torch.float32).eps
 TINY = torch.finfo(torch.float32).smallest_normal  # probabilities below it may be 0
 SLACK = 8.0  # roundings that are no sum: the scale, exp2, folded constants, the rescaling of a row, the division
+
+PRUNED = {
+    torch.float32: 2.0**-30,
+    torch.bfloat16: 2.0**-20,
+    torch.float16: 2.0**-20,
+}  # of a row's sum, all keys together
 
 Results = dict[str, Tensor]
 
@@ -58,6 +65,9 @@ def attention_bounds(inputs: Inputs, truth: Results) -> Results:
     score_error = _sum_error(dim) * abs(scale) * (q.abs() @ k.abs().mT) + 2 * EPS * bias.abs()
     lse_error = (prob * score_error).sum(-1, keepdim=True) + 2 * EPS * lse.abs() + _sum_error(seqlen_k)
     prob_error = prob * (score_error + lse_error) + TINY * seen  # [B, Hq, Sq, Sk]
+    if wide.alibi_slopes is not None and env.alibi_prune():
+        pruned = prob.clamp(max=PRUNED.get(dtype, 0.0) / seqlen_k) * (slopes > 0)[:, None, None]
+        prob_error, lse_error = prob_error + pruned, lse_error + pruned.sum(-1, keepdim=True)
     out = truth["out"].double().transpose(1, 2)
     out_error = prob_error @ v.abs()
     bounds = {"out": (out_error + _stored(out, dtype)).transpose(1, 2), "lse": lse_error[..., 0]}
