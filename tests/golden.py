@@ -19,8 +19,14 @@ import torch
 from tests.golden_reader import Case, case_ids
 from tests.golden_registry import RUNNERS, Outcome, runner_for
 
-RUNNER_MODULES = ("tests.golden_mpt", "tests.golden_qllama", "tests.golden_internvl", "tests.golden_prefix_lm")
-IMPLS = ("torch", "flash", "triton")
+RUNNER_MODULES = (
+    "tests.golden_mpt",
+    "tests.golden_llava",
+    "tests.golden_qllama",
+    "tests.golden_internvl",
+    "tests.golden_prefix_lm",
+)
+IMPLS = ("torch", "flash", "triton", "eager", "internvl")
 
 
 def replay(bank: Path, case_id: str, impls: tuple[str, ...] = IMPLS) -> Iterator[tuple[str, Outcome]]:

@@ -16,6 +16,10 @@ from internvl_kernels.models.llava import (
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.golden import replay
+from tests.golden_reader import case_ids
+from tests.golden_registry import runner_for
+
 IMG, IGN = IMAGE_TOKEN_INDEX, IGNORE_INDEX
 BANK = Path(__file__).parent / "golden_bank"
 TOWER = {
@@ -30,6 +34,15 @@ TOWER = {
 
 def projector_calls():
     return json.loads((BANK / "projector.json").read_text())["calls"]
+
+
+GOLDEN = [(name, impl) for name in case_ids(BANK) if name.startswith("llava_") for impl in runner_for(name).impls]
+
+
+@pytest.mark.parametrize(("case_id", "impl"), GOLDEN)
+def test_golden(case_id, impl):
+    for _, outcome in replay(BANK, case_id, (impl,)):
+        assert not outcome.problems, f"{outcome.call}: {'; '.join(outcome.problems)}"
 
 
 @pytest.mark.parametrize("call", projector_calls(), ids=lambda call: call["name"])
@@ -101,9 +114,8 @@ def test_tower_from_a_folder_waits_for_load_model(tmp_path):
     [
         ({"mm_vision_tower": "resnet"}, ValueError, "mm_vision_tower is 'resnet'; allowed: a folder"),
         ({"mm_vision_tower": None}, ValueError, "mm_vision_tower is None"),
-        ({"mm_vision_tower": "OpenGVLab/InternViT-6B-224px"}, NotImplementedError, "CLIP towers only"),
-        ({"mm_vision_tower": "OpenGVLab/InternVL-14B-224px"}, NotImplementedError, "CLIP towers only"),
-        ({"mm_vision_config": {"model_type": "siglip"}}, NotImplementedError, "'siglip'; this version builds"),
+        ({"mm_vision_tower": "openai/eva-clip"}, NotImplementedError, "builds CLIP, SigLIP, InternViT-6B"),
+        ({"mm_vision_config": {"model_type": "vit"}}, NotImplementedError, "'vit'; this version builds 'clip'"),
         ({"mm_vision_config": TOWER, "mm_vision_select_feature": "cls"}, ValueError, "is 'cls'; allowed: 'patch'"),
     ],
 )

@@ -114,7 +114,8 @@ def greedy_by_encoding_everything(model, row, images, steps):
     prompt = row.shape[1]
     for _ in range(steps):
         mask = torch.arange(row.shape[1])[None] < prompt
-        logits = model(input_ids=row, images=images, prefix_mask=mask, attention_mask=torch.ones_like(row)).logits
+        prefix = {} if model.config.mm_prefix is None else {"prefix_mask": mask}
+        logits = model(input_ids=row, images=images, attention_mask=torch.ones_like(row), **prefix).logits
         new.append(int(logits[0, -1].argmax()))
         row = torch.cat([row, torch.tensor([new[-1:]])], 1)
     return new

@@ -1,20 +1,32 @@
-"""LLaVA: vision towers, projectors, the fusing of text and images, and a prefix-LM LLaVA over MPT."""
+"""LLaVA over LLaMA and over MPT: vision towers, projectors, the fusing of text and images, optional prefix masks."""
 
+from .configuration import LlavaConfig, LlavaMptConfig, LlavaMptPrefixConfig
 from .constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from .llava_llama import LlavaLlamaForCausalLM, LlavaLlamaModel
+from .llava_mpt import LlavaMptForCausalLM, LlavaMptModel, LlavaMptPrefixForCausalLM, LlavaMptPrefixModel
 from .meta import LlavaMetaForCausalLM, LlavaMetaModel
-from .mpt_prefix import LlavaMptPrefixConfig, LlavaMptPrefixForCausalLM, LlavaMptPrefixModel
 from .projector import build_vision_projector
-from .vision_tower import CLIPVisionTower, build_vision_tower
+from .prompt import tokenizer_image_token
+from .vision_tower import CLIPVisionTower, SiglipVisionTower, VisionTower, build_vision_tower
 
 __all__ = [
     "IGNORE_INDEX",
     "IMAGE_TOKEN_INDEX",
     "CLIPVisionTower",
+    "LlavaConfig",
+    "LlavaLlamaForCausalLM",
+    "LlavaLlamaModel",
     "LlavaMetaForCausalLM",
     "LlavaMetaModel",
+    "LlavaMptConfig",
+    "LlavaMptForCausalLM",
+    "LlavaMptModel",
     "LlavaMptPrefixConfig",
     "LlavaMptPrefixForCausalLM",
     "LlavaMptPrefixModel",
+    "SiglipVisionTower",
+    "VisionTower",
     "build_vision_projector",
     "build_vision_tower",
+    "tokenizer_image_token",
 ]

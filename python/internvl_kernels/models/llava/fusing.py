@@ -34,9 +34,21 @@ class FusePlan(NamedTuple):
         taken = values.reshape(-1)[self.origin.clamp(min=0)]
         return taken.masked_fill(self.origin < 0, padding)
 
-    def labels(self, labels: Tensor) -> Tensor:
-        """labels [B, S] -> [B, L]; features and padding carry IGNORE_INDEX."""
+    def labels(self, labels: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        """labels [B, S] -> [B, L]; features and padding carry IGNORE_INDEX.
+
+        With ``input_ids`` the token after a placeholder takes the placeholder's label (the original's rule for <end>).
+        """
+        if input_ids is not None:
+            after = torch.zeros_like(labels, dtype=torch.bool)
+            after[:, 1:] = input_ids[:, :-1] == IMAGE_TOKEN_INDEX
+            labels = torch.where(after, labels.roll(1, 1), labels)
         return self.per_token(labels, IGNORE_INDEX).masked_fill(~self.is_text, IGNORE_INDEX)
+
+    @property
+    def is_image(self) -> Tensor:
+        """[B, L] bool: image features."""
+        return ~self.is_text & (self.origin >= 0)
 
 
 def first_slots(placeholders: list[int], num_slots: int) -> list[int]:

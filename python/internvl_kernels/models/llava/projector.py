@@ -51,6 +51,29 @@ def _mlp(width_in: int, width_out: int, depth: int, *, norm: bool = False) -> nn
     return nn.Sequential(*layers)
 
 
+def project(projector: nn.Module, features: Tensor | list[Tensor]) -> Tensor:
+    """Project a tower's output (InternVL-14B's is [patches, queries]) in the projector's own dtype.
+
+    Raises: ValueError (a projector for one tensor after a tower that gives two, or the other way round).
+    """
+    pair = isinstance(features, list | tuple)
+    if pair != isinstance(projector, TwoMLPProjector):
+        kind = "patches and query states" if pair else "one tensor of features"
+        raise ValueError(f"the vision tower gives {kind}; mm_projector_type 'two_mlp' is the one for two tensors")
+    weight = next(projector.parameters(), None)
+    if weight is not None:
+        features = [f.to(weight.dtype) for f in features] if pair else features.to(weight.dtype)
+    return projector(features)
+
+
+def project_nothing(projector: nn.Module, width: int) -> Tensor:
+    """Features of no image, with every parameter of the projector in the graph."""
+    weight = next(projector.parameters())
+    if isinstance(projector, TwoMLPProjector):
+        return projector((weight.new_zeros(0, 576, _TWO_MLP_PATCH_WIDTH), weight.new_zeros(0, 96, width)))
+    return projector(weight.new_zeros(0, width))
+
+
 def build_vision_projector(config, **_unused) -> nn.Module:
     """The projector named by ``config.mm_projector_type`` (default 'linear'), from [.., M] to [.., H].
 

@@ -207,6 +207,7 @@ class MPTForCausalLM(MPTGenerationMixin, MPTPreTrainedModel, GenerationMixin):
 
     accepts_inputs_embeds = False
     inner_model_class: type[MPTModel] = MPTModel
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]  # noqa: RUF012  (transformers' name of the table)
 
     def __init__(self, config: MPTConfig):
         super().__init__(config)
@@ -215,6 +216,7 @@ class MPTForCausalLM(MPTGenerationMixin, MPTPreTrainedModel, GenerationMixin):
         self.transformer = self.inner_model_class(config)
         scale = config.logit_scale
         self.logit_scale = 1 / math.sqrt(config.d_model) if scale == "inv_sqrt_d_model" else scale
+        self.register_load_state_dict_pre_hook(_drop_tied_head)
         self.post_init()
 
     def get_input_embeddings(self) -> SharedEmbedding:
@@ -280,6 +282,15 @@ class MPTForCausalLM(MPTGenerationMixin, MPTPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+
+def _drop_tied_head(_module: nn.Module, state: dict, prefix: str, *_) -> None:
+    """transformers' MPT repeats the embedding table as its head. Raises: ValueError when the two differ."""
+    head, table = state.pop(prefix + "lm_head.weight", None), state.get(prefix + "transformer.wte.weight")
+    if head is not None and table is not None and not torch.equal(head, table):
+        raise ValueError(
+            "lm_head.weight differs from transformer.wte.weight; MPT scores tokens with its embedding table"
         )
 
 
