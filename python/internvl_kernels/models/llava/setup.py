@@ -14,14 +14,15 @@ from .vision_tower import build_vision_tower
 
 def read_adapter(path: str | Path) -> dict[str, Tensor]:
     """The tensors of an adapter file (.safetensors, or a torch file of tensors). Raises: ValueError (unreadable)."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler fails in many ways on bytes that are no pickle
         raise ValueError(f"the adapter file {str(path)!r} is unreadable: {error}") from error
 
 
@@ -54,6 +55,8 @@ class VisionSetup:
         weight = self.get_input_embeddings().weight
         self.mm_projector = build_vision_projector(config).to(weight.device, weight.dtype)
         tower.to(weight.device)
+        if hasattr(self, "vision_tower"):
+            del self.vision_tower  # a module's place takes no list
         self.vision_tower = [tower] if fsdp else tower
         adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
         if adapter is not None:

@@ -3,6 +3,7 @@
 from .attention import ATTN_CLASS_REGISTRY, AttnBias, MultiheadAttention, MultiQueryAttention
 from .blocks import MPTMLP, MPTBlock
 from .configuration_mpt import MPTConfig
+from .conversion import from_transformers, to_transformers
 from .custom_embedding import SharedEmbedding
 from .modeling_mpt import MPTForCausalLM, MPTModel, MPTPreTrainedModel
 from .norm import NORM_CLASS_REGISTRY, LPLayerNorm, LPRMSNorm, RMSNorm
@@ -25,4 +26,6 @@ __all__ = [
     "MultiheadAttention",
     "RMSNorm",
     "SharedEmbedding",
+    "from_transformers",
+    "to_transformers",
 ]

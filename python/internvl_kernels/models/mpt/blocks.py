@@ -36,6 +36,7 @@ class MPTBlock(GradientCheckpointingLayer):
         norm_type: str = "low_precision_layernorm",
         verbose: int = 0,
         device=None,
+        layer_norm_epsilon: float = 1e-5,
         **_unused,
     ):
         super().__init__()
@@ -43,7 +44,7 @@ class MPTBlock(GradientCheckpointingLayer):
         norm = norm_class(norm_type)
         attention = ATTN_CLASS_REGISTRY[attn_config.get("attn_type", "multihead_attention")]
         options = ("attn_impl", "clip_qkv", "qk_ln", "softmax_scale", "attn_pdrop")
-        self.norm_1 = norm(d_model, device=device)
+        self.norm_1 = norm(d_model, eps=layer_norm_epsilon, device=device)
         self.attn = attention(
             d_model=d_model,
             n_heads=n_heads,
@@ -51,7 +52,7 @@ class MPTBlock(GradientCheckpointingLayer):
             device=device,
             **{name: attn_config[name] for name in options if name in attn_config},
         )
-        self.norm_2 = norm(d_model, device=device)
+        self.norm_2 = norm(d_model, eps=layer_norm_epsilon, device=device)
         self.ffn = MPTMLP(d_model, expansion_ratio, device=device)
         self.resid_attn_dropout = nn.Dropout(resid_pdrop)
         self.resid_ffn_dropout = nn.Dropout(resid_pdrop)

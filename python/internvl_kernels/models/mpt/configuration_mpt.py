@@ -7,6 +7,7 @@ import copy
 from transformers import PretrainedConfig
 
 from .alibi import check_attn_impl
+from .conversion import fields_from_transformers, written_by_transformers
 
 ATTN_CONFIG_DEFAULTS = {
     "attn_type": "multihead_attention",
@@ -49,6 +50,7 @@ class MPTConfig(PretrainedConfig):
         embedding_fraction: share of the gradient that reaches the embedding, in (0, 1].
         norm_type: a key of ``norm.NORM_CLASS_REGISTRY``.
         use_cache: whether ``forward`` keeps a cache unless told otherwise.
+        layer_norm_epsilon: of the norms around attention and MLP, and of the last one.
         init_config: name and parameters of the weight initialisation (``param_init_fns.MODEL_INIT_REGISTRY``).
     Raises: ValueError (a value out of range); NotImplementedError ('flash' with prefix_lm, alibi or sequence ids:
         the file format's rule; ``MPTModel.set_attn_impl('flash')`` runs them).
@@ -83,6 +85,7 @@ class MPTConfig(PretrainedConfig):
         norm_type: str = "low_precision_layernorm",
         use_cache: bool = False,
         init_config: dict | None = None,
+        layer_norm_epsilon: float = 1e-5,
         **kwargs,
     ):
         self.d_model = d_model
@@ -102,12 +105,20 @@ class MPTConfig(PretrainedConfig):
         self.verbose = verbose
         self.embedding_fraction = embedding_fraction
         self.norm_type = norm_type
+        self.layer_norm_epsilon = layer_norm_epsilon
         self.use_cache = use_cache
         self.init_config = {**INIT_CONFIG_DEFAULTS, **copy.deepcopy(init_config or {})}
         kwargs.pop("name", None)
         kwargs.pop("loss_fn", None)
         super().__init__(**kwargs)
         self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; a configuration that transformers' own MPT wrote is read as that class means it."""
+        if written_by_transformers(config_dict):
+            config_dict = fields_from_transformers(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def head_dim(self) -> int:

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
+from ..checkpoint import CheckedLoading
 from .alibi import check_attn_impl
 from .blocks import MPTBlock
 from .cache import Past, cached_length, layer_slots
@@ -25,12 +26,13 @@ from .param_init_fns import init_module
 logger = logging.get_logger(__name__)
 
 
-class MPTPreTrainedModel(PreTrainedModel):
+class MPTPreTrainedModel(CheckedLoading, PreTrainedModel):
     """What both model classes share with transformers."""
 
     config_class = MPTConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]  # noqa: RUF012  (transformers' name of the table)
     _no_split_modules = ["MPTBlock"]  # noqa: RUF012  (transformers reads it from the class)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -76,10 +78,11 @@ class MPTModel(MPTPreTrainedModel):
                 resid_pdrop=config.resid_pdrop,
                 norm_type=config.norm_type,
                 device=device,
+                layer_norm_epsilon=config.layer_norm_epsilon,
             )
             for _ in range(config.n_layers)
         )
-        self.norm_f = norm(config.d_model, device=device)
+        self.norm_f = norm(config.d_model, eps=config.layer_norm_epsilon, device=device)
         self.gradient_checkpointing = False
         if config.no_bias:
             for module in self.modules():
@@ -207,7 +210,6 @@ class MPTForCausalLM(MPTGenerationMixin, MPTPreTrainedModel, GenerationMixin):
 
     accepts_inputs_embeds = False
     inner_model_class: type[MPTModel] = MPTModel
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]  # noqa: RUF012  (transformers' name of the table)
 
     def __init__(self, config: MPTConfig):
         super().__init__(config)
