@@ -228,6 +228,8 @@ WRONG = {
     "pipeline waits too little": "missing wait",
     "pipeline no commit": "missing wait",
     "pipeline no barrier": "race",
+    "pipeline waits after barrier": "race",
+    "read as unchanging": "race",
     "refill no barrier": "race",
     "last block no barrier": "race",
     "other block": "race",

@@ -70,7 +70,7 @@ __global__ void overwrite_ldmatrix_kernel(KERNEL_ARGUMENTS) {
   ptx::st_global(out + threadIdx.x, static_cast<float>(sum) + ptx::ld_global(in));
 }
 
-enum class Wait { kRight, kNone, kTooFew, kNoCommit, kNoBarrier };
+enum class Wait { kRight, kNone, kTooFew, kNoCommit, kNoBarrier, kAfterBarrier };
 
 // Four stages of 64 floats, two in flight, each read by the other warp.
 template <Wait kWait>
@@ -85,8 +85,9 @@ __global__ void pipeline_kernel(KERNEL_ARGUMENTS) {
   issue(1);
   for (int stage = 0; stage < 4; ++stage) {
     if (kWait == Wait::kTooFew) ptx::cp_async_wait_group<2>();
+    if (kWait == Wait::kAfterBarrier) ptx::sync_threads();
     if (kWait != Wait::kNone && kWait != Wait::kTooFew) ptx::cp_async_wait_group<1>();
-    if (kWait != Wait::kNoBarrier) ptx::sync_threads();
+    if (kWait != Wait::kNoBarrier && kWait != Wait::kAfterBarrier) ptx::sync_threads();
     ptx::st_global(out + 64 * stage + t,
                    ptx::ld_shared<float>(shared + 256 * (stage % 2) + 4 * (63 - t)));
     ptx::sync_threads();
@@ -165,6 +166,14 @@ __global__ void through_global_kernel(KERNEL_ARGUMENTS) {
   ptx::st_global(out + t, ptx::ld_global(in + t));
   if (kBarrier) ptx::sync_threads();
   ptx::st_global(out + 64 + t, ptx::ld_global(static_cast<const float*>(out) + 63 - t));
+}
+
+// What the kernel itself writes is read by ld.global.nc.
+__global__ void read_as_unchanging_kernel(KERNEL_ARGUMENTS) {
+  const uint32_t t = threadIdx.x;
+  ptx::st_global(out + t, ptx::ld_global(in + t));
+  ptx::sync_threads();
+  ptx::st_global(out + 64 + t, ptx::ld_global_nc(static_cast<const float*>(out) + 63 - t));
 }
 
 enum class Fault {
@@ -323,6 +332,8 @@ const std::map<std::string, Kernel>& kernels() {
       {"pipeline waits too little", &pipeline_kernel<Wait::kTooFew>},
       {"pipeline no commit", &pipeline_kernel<Wait::kNoCommit>},
       {"pipeline no barrier", &pipeline_kernel<Wait::kNoBarrier>},
+      {"pipeline waits after barrier", &pipeline_kernel<Wait::kAfterBarrier>},
+      {"read as unchanging", &read_as_unchanging_kernel},
       {"refill", &refill_kernel<true>},
       {"refill no barrier", &refill_kernel<false>},
       {"zero fill", &zero_fill_kernel},

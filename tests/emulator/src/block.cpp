@@ -375,8 +375,8 @@ const void* load_shared(uint32_t addr, uint32_t bytes, Site site) {
 void* store_shared(uint32_t addr, uint32_t bytes, Site site) {
   return current->store_shared(addr, bytes, site);
 }
-const void* load_global(const void* src, uint32_t bytes, Site site) {
-  return current->load_global(src, bytes, site);
+const void* load_global(const void* src, uint32_t bytes, bool unchanging, Site site) {
+  return current->load_global(src, bytes, unchanging, site);
 }
 void* store_global(void* dst, uint32_t bytes, Site site) {
   return current->store_global(dst, bytes, site);

@@ -92,7 +92,7 @@ class Block {
   void collective(Collective kind, void* args, Site site);
   const void* load_shared(uint32_t addr, uint32_t bytes, Site site);
   void* store_shared(uint32_t addr, uint32_t bytes, Site site);
-  const void* load_global(const void* src, uint32_t bytes, Site site);
+  const void* load_global(const void* src, uint32_t bytes, bool unchanging, Site site);
   void* store_global(void* dst, uint32_t bytes, Site site);
   uint32_t atomic_add(uint32_t* dst, uint32_t value, Site site);
   void copy_async(uint32_t dst, const void* src, uint32_t bytes, int src_bytes, Site site);

@@ -17,10 +17,11 @@ void* Block::store_shared(uint32_t addr, uint32_t bytes, Site site) {
   return shared_.store(addr, bytes, actor(), site);
 }
 
-const void* Block::load_global(const void* src, uint32_t bytes, Site site) {
+const void* Block::load_global(const void* src, uint32_t bytes, bool unchanging, Site site) {
   ++statistics.ld_global;
   statistics.ld_global_bytes += bytes;
   log_access("ld.global", reinterpret_cast<uintptr_t>(src), bytes, site);
+  if (unchanging) global_memory.check_unchanging(src, global_actor(), site);
   return global_memory.load(src, bytes, global_actor(), site);
 }
 

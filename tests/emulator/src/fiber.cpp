@@ -67,7 +67,8 @@ void FiberStacks::prepare(Fiber& fiber, size_t index, void (*entry)()) {
 }
 
 void switch_fiber(Fiber& from, const Fiber& to) {
-  if (!from.context) from.context = new ucontext_t;  // of the caller of the grid, once
+  static ucontext_t outside;  // of the caller of the grid: one grid runs at a time
+  if (!from.context) from.context = &outside;
   swapcontext(context_of(from), context_of(to));
 }
 
@@ -101,8 +102,7 @@ internvl_switch_stack:
     .size internvl_switch_stack, .-internvl_switch_stack
 )");
 
-constexpr size_t kSavedWords = 6;  // then the address to return to
-constexpr size_t kReturnWord = 6;
+constexpr size_t kReturnWord = 6;  // after the saved registers
 constexpr size_t kFrameWords = 8;  // keeps the stack as aligned as after a call
 
 #else

@@ -149,6 +149,19 @@ bool GlobalMemory::check_read(const void* src, uint32_t bytes, const GlobalActor
   return true;
 }
 
+void GlobalMemory::check_unchanging(const void* src, const GlobalActor& actor, Site site) {
+  const auto* at = static_cast<const uint8_t*>(src);
+  for (const Allocation& a : allocations_) {
+    if (!a.writable || at < a.base || at >= a.base + a.bytes) continue;
+    const Word& word = a.words[(at - a.base) / 4];
+    if (word.written && word.write.launch == launch_)
+      session->report("race", site,
+                      place(a, at - a.base, actor) +
+                          ": ld.global.nc of what this launch wrote at " +
+                          session->site_text(word.site));
+  }
+}
+
 void* GlobalMemory::store(void* dst, uint32_t bytes, const GlobalActor& actor, Site site) {
   if (!aligned(dst, bytes, site, actor)) return scratch_;
   Allocation* a = find(dst, bytes, site, actor, "store");

@@ -44,6 +44,8 @@ class GlobalMemory {
   void* store(void* dst, uint32_t bytes, const GlobalActor& actor, Site site);
   // Checks a read of any length without alignment of its own (the source of a cp.async).
   bool check_read(const void* src, uint32_t bytes, const GlobalActor& actor, Site site);
+  // ld.global.nc: nobody may have written there in this launch, ordered or not.
+  void check_unchanging(const void* src, const GlobalActor& actor, Site site);
   // The word an atomic operation works on, or scratch; hands out and takes the releases.
   uint32_t* atomic(uint32_t* dst, const GlobalActor& actor, Site site, const Release& release,
                    std::vector<Acquired>& acquired);

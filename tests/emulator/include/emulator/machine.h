@@ -32,7 +32,7 @@ constexpr uint32_t kSharedBase = 0x400;
 
 const void* load_shared(uint32_t addr, uint32_t bytes, Site site);
 void* store_shared(uint32_t addr, uint32_t bytes, Site site);
-const void* load_global(const void* src, uint32_t bytes, Site site);
+const void* load_global(const void* src, uint32_t bytes, bool unchanging, Site site);
 void* store_global(void* dst, uint32_t bytes, Site site);
 uint32_t atomic_add_global(uint32_t* dst, uint32_t value, Site site);
 void fence_gpu(Site site);

@@ -26,16 +26,15 @@ template <class T>
 inline T ld_global(const T* src, emulator::Site site = emulator::Site::here()) {
   static_assert(kLoadable<T>, "ld_global takes plain data of 1, 2, 4, 8 or 16 bytes");
   T value;
-  memcpy(&value, emulator::load_global(src, sizeof(T), site), sizeof(T));
+  memcpy(&value, emulator::load_global(src, sizeof(T), false, site), sizeof(T));
   return value;
 }
 
-// The same data may not be written while the kernel runs; a race is reported like for ld_global.
 template <class T>
 inline T ld_global_nc(const T* src, emulator::Site site = emulator::Site::here()) {
   static_assert(kLoadable<T>, "ld_global_nc takes plain data of 1, 2, 4, 8 or 16 bytes");
   T value;
-  memcpy(&value, emulator::load_global(src, sizeof(T), site), sizeof(T));
+  memcpy(&value, emulator::load_global(src, sizeof(T), true, site), sizeof(T));
   return value;
 }
 
