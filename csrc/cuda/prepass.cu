@@ -67,6 +67,20 @@ LaunchStatus align_rows(Workspace& workspace, View* view, int64_t batch, int64_t
                      plan);
 }
 
+LaunchStatus align_inputs(Workspace& workspace, PrefixAttnParams* params, void* stream) {
+  const PrefixAttnParams& p = *params;
+  LaunchStatus status =
+      align_rows(workspace, &params->q, p.batch, p.seqlen_q, p.heads_q, p.head_dim, stream);
+  for (View* view : {&params->k, &params->v})
+    if (status.ok())
+      status = align_rows(workspace, view, p.batch, p.seqlen_k, p.heads_kv, p.head_dim, stream);
+  return status;
+}
+
+bool too_many_tiles(const PrefixAttnParams& params, int block_n) {
+  return (params.seqlen_k + block_n - 1) / block_n * params.batch * params.heads_kv > 0x7fffffff;
+}
+
 LaunchStatus run_prepass(Workspace& workspace, const PrefixAttnParams& params, int block_n,
                          bool prune, void* stream, Prepass* result) {
   *result = {};

@@ -54,6 +54,12 @@ bool rows_aligned(const View& view, int64_t batch, int64_t seqlen, int64_t heads
 LaunchStatus align_rows(Workspace& workspace, View* view, int64_t batch, int64_t seqlen,
                         int64_t heads, int64_t head_dim, void* stream);
 
+// q, k and v.
+LaunchStatus align_inputs(Workspace& workspace, PrefixAttnParams* params, void* stream);
+
+// Would the grid of a prepass exceed what a launch takes?
+bool too_many_tiles(const PrefixAttnParams& params, int block_n);
+
 // Summaries and, with `prune`, norms for tiles of block_n keys. k must be aligned.
 LaunchStatus run_prepass(Workspace& workspace, const PrefixAttnParams& params, int block_n,
                          bool prune, void* stream, Prepass* result);

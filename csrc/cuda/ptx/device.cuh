@@ -15,6 +15,7 @@
 
 #define INTERNVL_PTX_FN __device__ __forceinline__
 #define INTERNVL_UNROLL _Pragma("unroll")
+#define INTERNVL_NO_UNROLL _Pragma("unroll 1")
 
 namespace internvl::ptx {
 

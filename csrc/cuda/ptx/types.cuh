@@ -41,7 +41,7 @@ INTERNVL_PTX_FN To bits_as(const From& from) {
   static_assert(std::is_trivially_copyable_v<To> && std::is_trivially_copyable_v<From>,
                 "bits_as copies plain data");
   To to;
-  memcpy(&to, &from, sizeof(To));
+  memcpy(static_cast<void*>(&to), &from, sizeof(To));
   return to;
 }
 

@@ -53,10 +53,14 @@ struct TileCopy {
   template <class Keep>
   INTERNVL_PTX_FN void load(uint32_t tile, const Rows& src, int head_dim, Keep keep) const {
     const char* from = src.data + row * src.stride_bytes + chunk * 16;
+    uint32_t kept_passes = 0;
+    INTERNVL_NO_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass)
+      kept_passes |= uint32_t{keep(row + pass * kRowsPerPass)} << pass;
     INTERNVL_UNROLL
     for (int pass = 0; pass < kPasses; ++pass) {
       if (kRows < kRowsPerPass && row >= kRows) break;
-      const bool kept = keep(row + pass * kRowsPerPass);
+      const bool kept = kept_passes >> pass & 1;
       INTERNVL_UNROLL
       for (int c = 0; c < kColumns; ++c) {
         const int count = kept ? bytes(c, head_dim) : 0;
@@ -70,7 +74,10 @@ struct TileCopy {
 
   // The same where every row is kept.
   INTERNVL_PTX_FN void load_all(uint32_t tile, const Rows& src, int head_dim) const {
-    load(tile, src, head_dim, [](int) { return true; });
+    const char* from = src.data + row * src.stride_bytes + chunk * 16;
+    load_rows(
+        tile, head_dim, [&](int at) { return from + (at - row) * src.stride_bytes - chunk * 16; },
+        src.data);
   }
 
   // The same for rows that lie anywhere: at(row) is the row's address, null for zeros.
@@ -88,6 +95,34 @@ struct TileCopy {
     }
   }
 };
+
+// Plain data of whole 16-byte pieces (or of one small one) from and to shared memory.
+template <class T>
+INTERNVL_PTX_FN T load_struct(uint32_t addr) {
+  if constexpr (ptx::kLoadable<T>) {
+    return ptx::ld_shared<T>(addr);
+  } else {
+    static_assert(sizeof(T) % 8 == 0, "load_struct reads whole 8-byte pieces");
+    struct Pieces {
+      ptx::U32x2 at[sizeof(T) / 8];
+    } pieces;
+    INTERNVL_UNROLL
+    for (int i = 0; i < int(sizeof(T) / 8); ++i)
+      pieces.at[i] = ptx::ld_shared<ptx::U32x2>(addr + 8 * i);
+    return ptx::bits_as<T>(pieces);
+  }
+}
+
+template <class T>
+INTERNVL_PTX_FN void store_struct(uint32_t addr, const T& value) {
+  static_assert(sizeof(T) % 8 == 0, "store_struct writes whole 8-byte pieces");
+  struct Pieces {
+    ptx::U32x2 at[sizeof(T) / 8];
+  };
+  const Pieces pieces = ptx::bits_as<Pieces>(value);
+  INTERNVL_UNROLL
+  for (int i = 0; i < int(sizeof(T) / 8); ++i) ptx::st_shared(addr + 8 * i, pieces.at[i]);
+}
 
 // Up to 8 elements of a row to global memory, in one store where the row allows it.
 INTERNVL_PTX_FN void store_chunk(char* dst, const ptx::U32x4& value, int elements, bool aligned) {

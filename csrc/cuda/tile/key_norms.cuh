@@ -8,6 +8,7 @@
 #include "cuda/ptx/warp.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/mask_tile.cuh"
+#include "cuda/tile/reduce.cuh"
 
 namespace internvl::tile {
 
@@ -26,16 +27,8 @@ struct KeyNormPlan {
 template <class T>
 INTERNVL_PTX_FN float chunk_squares(const char* row, int chunk, int head_dim) {
   float sum = 0.0f;
-  if ((chunk + 1) * 8 <= head_dim) {
-    const auto words = ptx::ld_global_nc(reinterpret_cast<const ptx::U32x4*>(row) + chunk);
-    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-    INTERNVL_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const ptx::F32x2 x = ptx::unpack2<T>(pairs[i]);
-      sum = ptx::fma(x.x, x.x, ptx::fma(x.y, x.y, sum));
-    }
-    return sum;
-  }
+  if ((chunk + 1) * 8 <= head_dim)
+    return chunk_squares<T>(ptx::ld_global_nc(reinterpret_cast<const ptx::U32x4*>(row) + chunk));
   for (int d = chunk * 8; d < head_dim; ++d) {
     const float x = ptx::to_float<T>(ptx::ld_global_nc(reinterpret_cast<const uint16_t*>(row) + d));
     sum = ptx::fma(x, x, sum);

@@ -5,6 +5,7 @@
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/warp.cuh"
 #include "cuda/tile/mask_tile.cuh"
+#include "cuda/tile/reduce.cuh"
 
 namespace internvl::tile {
 
@@ -18,33 +19,30 @@ struct KeySummaryPlan {
   uint8_t* used = nullptr;
 };
 
-// Key j with segments: is there a query that sees it? Its own position answers nearly always.
-INTERNVL_PTX_FN bool seen_in_segment(const KeyMask& mask, const Key& key, int64_t seqlen_q) {
+// With segments: is there a query that sees the key? Its own position answers nearly always.
+INTERNVL_PTX_FN bool seen_in_segment(const KeyMask& mask, const Key& key, int32_t segment,
+                                     int64_t seqlen_q) {
   const int64_t first = larger(0, mask.first_position);
   const int64_t last =
       smaller(mask.seqlen_k - 1, query_position(mask.first_position, seqlen_q - 1));
+  const auto sees_it = [&](int64_t p) {
+    return ptx::ld_global_nc(mask.segments + p) == segment &&
+           sees(mask, static_cast<int32_t>(p), key);
+  };
   const int64_t nearest = larger(first, smaller(key.j, last));
   for (int64_t p = nearest; p <= last; ++p)
-    if (sees(mask, query_at(mask, p - mask.first_position), key)) return true;
+    if (sees_it(p)) return true;
   for (int64_t p = nearest - 1; p >= first && key.bidirectional; --p)
-    if (sees(mask, query_at(mask, p - mask.first_position), key)) return true;
+    if (sees_it(p)) return true;
   return false;
 }
 
-INTERNVL_PTX_FN bool is_used(const KeyMask& mask, const Key& key, int64_t seqlen_q) {
+INTERNVL_PTX_FN bool is_used(const KeyMask& mask, const Key& key, int32_t segment,
+                             int64_t seqlen_q) {
   if (!key.valid || seqlen_q == 0) return false;
-  if (mask.segments) return seen_in_segment(mask, key, seqlen_q);
+  if (mask.segments) return seen_in_segment(mask, key, segment, seqlen_q);
   return key.bidirectional ||
          causal_reaches(mask.p_first, mask.p_last, key.j, int64_t{key.j} + 1, mask.window);
-}
-
-INTERNVL_PTX_FN int32_t warp_min(int32_t x) {
-  INTERNVL_UNROLL
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    const int32_t other = ptx::shfl_bfly(x, lanes);
-    x = other < x ? other : x;
-  }
-  return x;
 }
 
 template <int kThreads>
@@ -60,14 +58,15 @@ __global__ void __launch_bounds__(kThreads) key_summary_kernel(const KeySummaryP
   int32_t lo = INT32_MAX, not_hi = INT32_MAX;  // ~x turns the largest into the smallest
   for (int64_t j = j_lo + thread; j < j_hi; j += kThreads) {
     const Key key = key_at(mask, static_cast<int32_t>(j));
+    const int32_t segment = mask.segments ? key_segment(mask, key.j) : 0;
     ptx::st_global(plan.used + b * mask.seqlen_k + j,
-                   static_cast<uint8_t>(is_used(mask, key, plan.params.seqlen_q)));
+                   static_cast<uint8_t>(is_used(mask, key, segment, plan.params.seqlen_q)));
     any_valid |= key.valid;
     all_valid &= key.valid;
     any_open |= key.valid && key.bidirectional;
     all_open &= !key.valid || key.bidirectional;
-    lo = key.segment < lo ? key.segment : lo;
-    not_hi = ~key.segment < not_hi ? ~key.segment : not_hi;
+    lo = segment < lo ? segment : lo;
+    not_hi = ~segment < not_hi ? ~segment : not_hi;
   }
   any_valid = ptx::sync_threads_or(any_valid);
   all_valid = ptx::sync_threads_and(all_valid);

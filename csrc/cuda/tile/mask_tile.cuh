@@ -83,8 +83,7 @@ INTERNVL_PTX_FN KeyMask key_mask(const PrefixAttnParams& params, const KeySummar
 
 // Does some query of the batch row see key j? All others are loaded as zeros. Exact.
 INTERNVL_PTX_FN bool needs_key(const KeyMask& mask, int32_t j) {
-  if (j >= mask.seqlen_k) return false;
-  if (mask.used) return ptx::ld_global_nc(mask.used + j) != 0;
+  if (mask.used) return j < mask.seqlen_k && ptx::ld_global_nc(mask.used + j) != 0;
   return visible(valid_in_range(j, mask.start, mask.end), true,
                  bidirectional_in_prefix(j, mask.prefix_len),
                  causal_reaches(mask.p_first, mask.p_last, j, j + 1, mask.window));
@@ -98,15 +97,10 @@ struct QueryTile {
   bool all_inside = true;
 };
 
-// Class of a key tile for a query tile, whichever form the mask has.
-INTERNVL_PTX_FN TileClass classify(const KeyMask& mask, const QueryTile& rows, int tile,
-                                   int block_n) {
-  const int32_t j_lo = tile * block_n;
-  const int32_t j_hi = static_cast<int32_t>(smaller(int64_t{j_lo} + block_n, mask.seqlen_k));
-  if (!mask.tiles)
-    return classify_tile(rows.p_lo, rows.p_hi, j_lo, j_hi, mask.prefix_len, mask.start, mask.end,
-                         mask.window);
-  const KeyTileSummary keys = unpack_summary(ptx::ld_global_nc(mask.tiles + tile));
+// Class of keys [j_lo, j_hi) for a query tile, whichever form the mask has. `keys` sums them up; it
+// does not count without summaries.
+INTERNVL_PTX_FN TileClass classify_keys(const KeyMask& mask, const QueryTile& rows,
+                                        const KeyTileSummary& keys, int64_t j_lo, int64_t j_hi) {
   TileClass result =
       mask.flags
           ? classify_tile_flags(rows.p_lo, rows.p_hi, j_lo, j_hi, keys.any_valid, keys.all_valid,
@@ -122,6 +116,16 @@ INTERNVL_PTX_FN TileClass classify(const KeyMask& mask, const QueryTile& rows, i
   return result;
 }
 
+// Class of a key tile for a query tile.
+INTERNVL_PTX_FN TileClass classify(const KeyMask& mask, const QueryTile& rows, int tile,
+                                   int block_n) {
+  const int64_t j_lo = int64_t{tile} * block_n;
+  const int64_t j_hi = smaller(j_lo + block_n, mask.seqlen_k);
+  KeyTileSummary keys;
+  if (mask.tiles) keys = unpack_summary(ptx::ld_global_nc(mask.tiles + tile));
+  return classify_keys(mask, rows, keys, j_lo, j_hi);
+}
+
 // The same, and never full where a tile reaches beyond the last key: its scores need the mask.
 INTERNVL_PTX_FN TileClass classify_padded(const KeyMask& mask, const QueryTile& rows, int tile,
                                           int block_n) {
@@ -133,44 +137,50 @@ INTERNVL_PTX_FN TileClass classify_padded(const KeyMask& mask, const QueryTile& 
 struct Key {
   int32_t j;
   bool valid, bidirectional;
-  int32_t segment;
+};
+
+// The two forms of a mask as types, so that loops over keys branch on the form once.
+struct RangedKeys {
+  INTERNVL_PTX_FN static Key at(const KeyMask& mask, int32_t j) {
+    return {j, static_cast<bool>(valid_in_range(j, mask.start, mask.end)),
+            static_cast<bool>(bidirectional_in_prefix(j, mask.prefix_len))};
+  }
+};
+
+struct FlaggedKeys {
+  INTERNVL_PTX_FN static Key at(const KeyMask& mask, int32_t j) {
+    const int flags = j < mask.seqlen_k ? ptx::ld_global_nc(mask.flags + j) : 0;
+    return {j, flag_valid(flags), flag_bidirectional(flags)};
+  }
 };
 
 INTERNVL_PTX_FN Key key_at(const KeyMask& mask, int32_t j) {
-  Key key{j, false, false, 0};
-  if (j >= mask.seqlen_k) return key;
-  if (mask.flags) {
-    const int flags = ptx::ld_global_nc(mask.flags + j);
-    key.valid = flag_valid(flags);
-    key.bidirectional = flag_bidirectional(flags);
-  } else {
-    key.valid = valid_in_range(j, mask.start, mask.end);
-    key.bidirectional = bidirectional_in_prefix(j, mask.prefix_len);
-  }
-  if (mask.segments) key.segment = ptx::ld_global_nc(mask.segments + j);
-  return key;
+  return mask.flags ? FlaggedKeys::at(mask, j) : RangedKeys::at(mask, j);
 }
 
-// What one query row brings.
-struct Query {
-  int32_t p;  // clamped; every `causal` answer stays the same
-  bool inside;
-  int32_t segment;
+// Is the key visible to a query at the clamped position p, segments aside?
+INTERNVL_PTX_FN bool sees(const KeyMask& mask, int32_t p, const Key& key) {
+  return visible(key.valid, true, key.bidirectional, causal(p, key.j, mask.window));
+}
+
+// The segment of a query row.
+struct QuerySegment {
+  bool inside = false;  // the row's position is an index of segment_ids
+  int32_t id = 0;
 };
 
-INTERNVL_PTX_FN Query query_at(const KeyMask& mask, int64_t row) {
+INTERNVL_PTX_FN QuerySegment query_segment(const KeyMask& mask, int64_t row) {
   const int64_t p = query_position(mask.first_position, row);
-  Query query{clamp_position(p, mask.seqlen_k, mask.window), true, 0};
-  if (mask.segments) {
-    query.inside = p >= 0 && p < mask.seqlen_k;
-    if (query.inside) query.segment = ptx::ld_global_nc(mask.segments + p);
-  }
-  return query;
+  if (!mask.segments || p < 0 || p >= mask.seqlen_k) return {};
+  return {true, ptx::ld_global_nc(mask.segments + p)};
 }
 
-INTERNVL_PTX_FN bool sees(const KeyMask& mask, const Query& query, const Key& key) {
-  const bool same_segment = !mask.segments || (query.inside && query.segment == key.segment);
-  return visible(key.valid, same_segment, key.bidirectional, causal(query.p, key.j, mask.window));
+INTERNVL_PTX_FN int32_t key_segment(const KeyMask& mask, int32_t j) {
+  return j < mask.seqlen_k ? ptx::ld_global_nc(mask.segments + j) : 0;
+}
+
+INTERNVL_PTX_FN int32_t clamped_position(const KeyMask& mask, int64_t row) {
+  return clamp_position(query_position(mask.first_position, row), mask.seqlen_k, mask.window);
 }
 
 }  // namespace internvl::tile

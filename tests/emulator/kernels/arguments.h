@@ -54,4 +54,30 @@ inline DeviceInfo device_of(const Arguments& at) {
   return device;
 }
 
+inline PrefixAttnParams attn_params_of(const Arguments& at) {
+  PrefixAttnParams params;
+  params.dtype = at.dtype("dtype");
+  params.batch = at.integer("batch");
+  params.seqlen_q = at.integer("seqlen_q");
+  params.seqlen_k = at.integer("seqlen_k");
+  params.heads_q = at.integer("heads_q");
+  params.heads_kv = at.integer("heads_kv");
+  params.head_dim = at.integer("head_dim");
+  params.softmax_scale = at.number("softmax_scale");
+  params.window = at.integer("window");
+  params.alibi_prune = at.integer("alibi_prune") != 0;
+  params.q = at.view("q");
+  params.k = at.view("k");
+  params.v = at.view("v");
+  params.out = at.view("out");
+  params.lse = at.pointer<float>("lse");
+  params.prefix_len = at.pointer<int32_t>("prefix_len");
+  params.key_range = at.pointer<int32_t>("key_range");
+  params.query_start = at.pointer<int32_t>("query_start");
+  params.key_flags = at.pointer<uint8_t>("key_flags");
+  params.segment_ids = at.pointer<int32_t>("segment_ids");
+  params.alibi_slopes = at.pointer<float>("alibi_slopes");
+  return params;
+}
+
 }  // namespace internvl::emulator

@@ -98,4 +98,5 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("kernels", &kernels, "Per kernel: instruction counts, accesses, barriers and waits.");
   bind_selftest(m);
   bind_clip_qk_layernorm(m);
+  bind_prefix_attn_fwd(m);
 }

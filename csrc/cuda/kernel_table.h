@@ -1,0 +1,31 @@
+// The support matrix of the attention kernels: (architecture, dtype, head dim) -> launch functions.
+// A head dim is served by the smallest compiled one that holds it, padded with zeros on the way
+// into shared memory. The rows come from INTERNVL_HEAD_DIMS (CMakeLists.txt renders one instance
+// file per operator, dtype and head dim).
+#pragma once
+
+#include <cstdint>
+
+#include "common/params.h"
+#include "cuda/device_info.h"
+#include "cuda/launch_status.h"
+
+namespace internvl::cuda {
+
+constexpr int kMinComputeCapability = 80;
+
+// Each pair: bytes of working memory, launch. `workspace` is 256-byte aligned.
+struct AttnKernels {
+  const char* arch;
+  int min_compute_capability;  // and every newer device
+  DType dtype;
+  int head_dim;
+  int64_t (*fwd_bytes)(const PrefixAttnParams&, const DeviceInfo&);
+  LaunchStatus (*fwd)(const PrefixAttnParams&, const DeviceInfo&, void* workspace, void* stream);
+};
+
+// The kernels for a call, or null; `reason` then says why.
+const AttnKernels* find_attn_kernels(const PrefixAttnParams& params, const DeviceInfo& device,
+                                     const char** reason);
+
+}  // namespace internvl::cuda

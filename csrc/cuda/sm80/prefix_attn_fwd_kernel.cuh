@@ -1,0 +1,367 @@
+// Forward of prefix_attn for compute capability 8.0 and newer: mma.sync, cp.async, ldmatrix.
+//
+// One block per query tile of kBlockM rows of one head (or of the packed heads of one KV head);
+// warp w owns rows [w * kBlockM / 4, ...) and keeps their scores and output in registers. Blocks
+// are numbered longest first, so the block scheduler of the GPU is the work queue: a free slot
+// takes the longest tile that is left (NOTES.md says why the grid is not persistent).
+//
+// Key tiles come from a list in shared memory, refilled by all threads together: nearest tile
+// first, then outward on the left, then on the right; empty tiles and tiles that distance pruning
+// (common/prune.h) can leave out never enter it. Full tiles run in a loop without mask code.
+//
+// Shared memory: FwdShared. Barriers: one before each product. It says that the slot's copies have
+// landed for every thread, and that the slot of the product before may be overwritten.
+//
+// Meaning of mask, bias, lse and empty rows: python/internvl_kernels/semantics.py.
+#pragma once
+
+#include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/sm80/prefix_attn_fwd_block.cuh"
+#include "cuda/tile/online_softmax.cuh"
+
+namespace internvl::sm80 {
+
+template <class Traits>
+struct PrefixAttnFwd : FwdSchedule<Traits> {
+  using Base = FwdSchedule<Traits>;
+  using Element = typename Traits::Element;
+  using Layout = typename Traits::Layout;
+  using Shared = FwdShared<Traits>;
+  using Base::kv_addr, Base::lane, Base::listed, Base::mask, Base::next_entry, Base::next_listed,
+      Base::plan, Base::q_addr, Base::thread;
+  static constexpr int kRows = Traits::kRows;
+  static constexpr int kBlockN = Traits::kBlockN;
+  static constexpr uint32_t kSlotBytes = sizeof(Shared::kv) / Traits::kStages;
+
+  const typename Traits::KvCopy copy;
+  const char *k, *v;  // key 0 of the head
+  uint32_t slot;      // of the product that comes next
+
+  float s[Traits::kRowTiles][Traits::kColTiles][4];
+  uint32_t p[Traits::kRowTiles][Traits::kColTiles / 2][4];  // the weights as operands
+  float o[Traits::kRowTiles][Traits::kDimTiles][4];
+  tile::OnlineSoftmax<kRows> softmax;
+
+  INTERNVL_PTX_FN explicit PrefixAttnFwd(const FwdPlan& launch)
+      : Base(launch), copy(this->thread) {}
+
+  // Row of the tile that row r of this lane is.
+  INTERNVL_PTX_FN int tile_row(int r) const {
+    return thread / 32 * (Traits::kRowTiles * 16) + r / 2 * 16 + r % 2 * 8 + lane / 4;
+  }
+
+  // f(score, column after the lane's first) for the lane's scores of row r.
+  template <class F>
+  INTERNVL_PTX_FN void each_score(int r, F f) {
+    INTERNVL_UNROLL
+    for (int i = 0; i < 2 * Traits::kColTiles; ++i)
+      f(s[r / 2][i / 2][r % 2 * 2 + i % 2], i / 2 * 8 + i % 2);
+  }
+
+  // f(output) for the lane's outputs of row r.
+  template <class F>
+  INTERNVL_PTX_FN void each_output(int r, F f) {
+    INTERNVL_UNROLL
+    for (int i = 0; i < 2 * Traits::kDimTiles; ++i) f(o[r / 2][i / 2][r % 2 * 2 + i % 2]);
+  }
+
+  INTERNVL_PTX_FN float scale_log2() const { return plan.params.softmax_scale * tile::kLog2e; }
+
+  // --- loads ---
+
+  INTERNVL_PTX_FN uint32_t slot_after(uint32_t addr) const {
+    addr += kSlotBytes;
+    return addr == kv_addr() + Traits::kStages * kSlotBytes ? kv_addr() : addr;
+  }
+  INTERNVL_PTX_FN uint32_t slot_before(uint32_t addr) const {
+    return addr == kv_addr() ? addr + (Traits::kStages - 1) * kSlotBytes : addr - kSlotBytes;
+  }
+
+  // Starts the copy of an entry's K or V. Every call makes one group.
+  INTERNVL_PTX_FN void load(uint32_t to, const char* head, const View& view, int32_t entry) const {
+    if (entry >= 0) {
+      const int32_t j0 = entry / 4 * kBlockN;
+      const tile::Rows src{head + j0 * (view.stride_s * 2), view.stride_s * 2};
+      if (entry & kNeedsMask) {
+        const tile::KeyMask keys = mask();
+        copy.load(to, src, this->head_dim(),
+                  [&](int row) { return tile::needs_key(keys, j0 + row); });
+      } else {
+        copy.load_all(to, src, this->head_dim());
+      }
+    }
+    ptx::cp_async_commit_group();
+  }
+  INTERNVL_PTX_FN void load_k(uint32_t to, int32_t entry) const {
+    load(to, k, plan.params.k, entry);
+  }
+  INTERNVL_PTX_FN void load_v(uint32_t to, int32_t entry) const {
+    load(to, v, plan.params.v, entry);
+  }
+
+  INTERNVL_PTX_FN void wait_for_slot() const {
+    ptx::cp_async_wait_group<Traits::kStages - 2>();
+    ptx::sync_threads();
+  }
+
+  // --- one key tile ---
+
+  INTERNVL_PTX_FN void qk_gemm() {
+    const uint32_t q_lane =
+        q_addr() + thread / 32 * (Traits::kRowTiles * 16) * Layout::kPitchBytes + Layout::a(lane);
+    const uint32_t k_lane = slot + Layout::b(lane);
+    INTERNVL_UNROLL
+    for (int r = 0; r < kRows; ++r) each_score(r, [](float& x, int) { x = 0.0f; });
+    INTERNVL_UNROLL
+    for (int d = 0; d < Traits::kHeadDim / 16; ++d) {
+      uint32_t a[Traits::kRowTiles][4];
+      INTERNVL_UNROLL
+      for (int m = 0; m < Traits::kRowTiles; ++m)
+        ptx::ldmatrix_x4(a[m], Layout::right(q_lane, 2 * d) + m * 16 * Layout::kPitchBytes);
+      INTERNVL_UNROLL
+      for (int n = 0; n < Traits::kColTiles; n += 2) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, Layout::right(k_lane, 2 * d) + n * 8 * Layout::kPitchBytes);
+        INTERNVL_UNROLL
+        for (int m = 0; m < Traits::kRowTiles; ++m) {
+          ptx::mma_m16n8k16<Element>(s[m][n], a[m], {b[0], b[1]}, s[m][n]);
+          ptx::mma_m16n8k16<Element>(s[m][n + 1], a[m], {b[2], b[3]}, s[m][n + 1]);
+        }
+      }
+    }
+  }
+
+  // Key j0 as seen from position0: how far it lies on the left.
+  INTERNVL_PTX_FN float distance_to(int32_t j0) const {
+    return static_cast<float>(this->position0() - j0);
+  }
+
+  // Scores with bias and mask, in base 2, in place of the products.
+  INTERNVL_PTX_FN void mask_and_bias(int32_t j_lane, const uint32_t (&seen)[kRows]) {
+    const float distance = distance_to(j_lane), scale = scale_log2();
+    INTERNVL_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const FwdRow row = this->row(tile_row(r));
+      const float away = distance + static_cast<float>(row.offset);
+      int i = 0;
+      each_score(r, [&](float& x, int column) {
+        const float bias = -row.slope_log2 * fabsf(away - static_cast<float>(column));
+        x = seen[r] >> i++ & 1 ? ptx::fma(x, scale, bias) : -INFINITY;
+      });
+    }
+  }
+
+  // Bit i of seen[r]: is column i of the lane's visible to row r? Found before the products need
+  // the registers, in a loop that is not unrolled.
+  INTERNVL_PTX_FN void see_keys(int32_t j_lane, uint32_t (&seen)[kRows]) const {
+    const tile::KeyMask keys = mask();
+    int32_t position[kRows], segment[kRows];
+    uint32_t inside = 0;
+    INTERNVL_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const FwdRow row = this->row(tile_row(r));
+      position[r] = row.p;
+      segment[r] = row.segment;
+      inside |= uint32_t{row.inside != 0} << r;
+      seen[r] = 0;
+    }
+    INTERNVL_NO_UNROLL
+    for (int i = 0; i < 2 * Traits::kColTiles; ++i) {
+      const int32_t j = j_lane + i / 2 * 8 + i % 2;
+      const tile::Key key = tile::key_at(keys, j);
+      const int32_t key_segment = keys.segments ? tile::key_segment(keys, j) : 0;
+      INTERNVL_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const bool same = !keys.segments || ((inside >> r & 1) && segment[r] == key_segment);
+        seen[r] |= uint32_t{same && tile::sees(keys, position[r], key)} << i;
+      }
+    }
+  }
+
+  // The bias of a tile on one side of its queries, one fma per score: the score becomes
+  // scale_log2 * (s + side * slope / scale * column) + offset.
+  INTERNVL_PTX_FN void linear_bias(int32_t entry, float (&offset)[kRows]) {
+    const float distance = distance_to(entry / 4 * kBlockN + 2 * (lane % 4));
+    const float inverse_scale = ptx::rcp(scale_log2());
+    INTERNVL_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const FwdRow row = this->row(tile_row(r));
+      const float step = entry & kRightOfQueries ? -row.slope_log2 : row.slope_log2;
+      const float z_step = step * inverse_scale;
+      offset[r] = -step * (distance + static_cast<float>(row.offset));
+      each_score(
+          r, [&](float& z, int column) { z = ptx::fma(z_step, static_cast<float>(column), z); });
+    }
+  }
+
+  // Turns scores scale * z + offset into weights exp2(score - reference).
+  INTERNVL_PTX_FN void softmax_step(float scale, const float (&offset)[kRows]) {
+    float tile_max[kRows];
+    INTERNVL_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      float largest = -INFINITY;
+      each_score(r, [&](float& z, int) { largest = ptx::fmax(largest, z); });
+      tile_max[r] = tile::quad_max(ptx::fma(largest, scale, offset[r]));
+    }
+    softmax.update_max(tile_max, [&](const float (&factor)[kRows]) {
+      INTERNVL_UNROLL
+      for (int r = 0; r < kRows; ++r) each_output(r, [&](float& x) { x *= factor[r]; });
+    });
+    INTERNVL_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float shift = offset[r] - softmax.reference(r);
+      each_score(r, [&](float& p, int) {
+        p = ptx::ex2(ptx::fma(p, scale, shift));
+        softmax.row_sum[r] += p;
+      });
+    }
+    INTERNVL_UNROLL
+    for (int i = 0; i < Traits::kRowTiles * Traits::kColTiles / 2; ++i) {
+      const int m = i % Traits::kRowTiles, n = i / Traits::kRowTiles;
+      tile::to_operand<Element>(p[m][n], s[m][2 * n], s[m][2 * n + 1]);
+    }
+  }
+
+  INTERNVL_PTX_FN void pv_gemm() {
+    const uint32_t v_lane = slot + Layout::a(lane);
+    INTERNVL_UNROLL
+    for (int n = 0; n < Traits::kColTiles; n += 2) {
+      INTERNVL_UNROLL
+      for (int d = 0; d < Traits::kDimTiles; d += 2) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4_trans(b, Layout::right(v_lane, d) + n * 8 * Layout::kPitchBytes);
+        INTERNVL_UNROLL
+        for (int m = 0; m < Traits::kRowTiles; ++m) {
+          ptx::mma_m16n8k16<Element>(o[m][d], p[m][n / 2], {b[0], b[1]}, o[m][d]);
+          ptx::mma_m16n8k16<Element>(o[m][d + 1], p[m][n / 2], {b[2], b[3]}, o[m][d + 1]);
+        }
+      }
+    }
+  }
+
+  // Scores, weights, output of one entry, while the copies of `next` start.
+  template <bool kMasked>
+  INTERNVL_PTX_FN void step(int32_t entry, int32_t next) {
+    constexpr bool kAhead = Traits::kStages == 3;  // a whole key tile ahead, else half of one
+    wait_for_slot();
+    if constexpr (kAhead)
+      load_k(slot_before(slot), next);
+    else
+      load_v(slot_before(slot), entry);
+    const int32_t j_lane = entry / 4 * kBlockN + 2 * (lane % 4);
+    uint32_t seen[kRows];
+    if constexpr (kMasked) see_keys(j_lane, seen);
+    qk_gemm();
+    slot = slot_after(slot);
+    float offset[kRows] = {};
+    if constexpr (kMasked) {
+      mask_and_bias(j_lane, seen);
+      softmax_step(1.0f, offset);
+    } else {
+      if (plan.params.alibi_slopes) linear_bias(entry, offset);
+      softmax_step(scale_log2(), offset);
+    }
+    wait_for_slot();
+    if constexpr (kAhead)
+      load_v(slot_before(slot), next);
+    else
+      load_k(slot_before(slot), next);
+    pv_gemm();
+    slot = slot_after(slot);
+  }
+
+  // A lower bound of every row's lse, in natural units; -inf while some row has met no key.
+  INTERNVL_PTX_FN float lower_bound(const FwdRows& rows) const {
+    float lower = INFINITY;
+    INTERNVL_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float lse = softmax.lse_log2(r) * tile::kLn2;
+      lower = rows.exists(tile_row(r)) ? ptx::fmin(lower, lse) : lower;
+    }
+    return this->block_min(lower);
+  }
+
+  INTERNVL_PTX_FN void refill() {
+    Base::refill([&](const FwdRows& rows) { return lower_bound(rows); });
+  }
+
+  // --- epilogue ---
+
+  INTERNVL_PTX_FN void store_lse(const FwdRows& rows, int r, float lse) const {
+    const int row = tile_row(r);
+    if (lane % 4 != 0 || !rows.exists(row)) return;
+    const PrefixAttnParams& params = plan.params;
+    const int64_t head = rows.b * params.heads_q + rows.head0 + rows.head(row);
+    ptx::st_global(params.lse + head * params.seqlen_q + rows.query0 + rows.query(row), lse);
+  }
+
+  // Through the warp's own rows of Q, whose last product is done, to whole rows in global memory.
+  INTERNVL_PTX_FN void store_out() {
+    const FwdRows rows = this->rows();
+    // A block without key tiles has not waited for Q yet.
+    ptx::cp_async_wait_group<0>();
+    ptx::sync_threads();
+    INTERNVL_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float sum = tile::quad_sum(softmax.row_sum[r]);
+      const bool empty = sum == 0.0f;
+      const float inverse = empty ? 0.0f : 1.0f / sum;
+      store_lse(rows, r, empty ? -INFINITY : (softmax.row_max[r] + ptx::lg2(sum)) * tile::kLn2);
+      INTERNVL_UNROLL
+      for (int d = 0; d < Traits::kDimTiles; ++d) {
+        const float* pair = o[r / 2][d] + r % 2 * 2;
+        ptx::st_shared(q_addr() + Layout::offset(tile_row(r), d) + lane % 4 * 4,
+                       ptx::pack2<Element>(pair[0] * inverse, pair[1] * inverse));
+      }
+    }
+    ptx::sync_warp();
+    const View& out = plan.params.out;
+    char* base = static_cast<char*>(out.data) + rows.offset(out);
+    for (int i = lane; i < Traits::kRowTiles * 16 * Layout::kChunks; i += 32) {
+      const int row = thread / 32 * (Traits::kRowTiles * 16) + i / Layout::kChunks;
+      const int chunk = i % Layout::kChunks, elements = this->head_dim() - chunk * 8;
+      if (!rows.exists(row) || elements <= 0) continue;
+      tile::store_chunk(base + rows.offset(out, row) + chunk * 16,
+                        ptx::ld_shared<ptx::U32x4>(q_addr() + Layout::offset(row, chunk)), elements,
+                        plan.out_aligned);
+    }
+  }
+
+  INTERNVL_PTX_FN void run() {
+    const FwdRows rows = this->describe_block();
+    k = tile::rows_of(plan.params.k, rows.b, rows.head_kv).data;
+    v = tile::rows_of(plan.params.v, rows.b, rows.head_kv).data;
+    slot = kv_addr();
+    softmax.clear();
+    INTERNVL_UNROLL
+    for (int r = 0; r < kRows; ++r) each_output(r, [](float& x) { x = 0.0f; });
+    refill();
+    int32_t entry = next_entry();
+    load_k(slot, entry);
+    if constexpr (Traits::kStages == 3) load_v(slot_after(slot), entry);
+    while (entry >= 0) {
+      if (next_listed == listed) refill();
+      if (entry & kNeedsMask) {
+        const int32_t next = next_entry();
+        step<true>(entry, next);
+        entry = next;
+      } else {
+        do {
+          const int32_t next = next_entry();
+          step<false>(entry, next);
+          entry = next;
+        } while (entry >= 0 && !(entry & kNeedsMask) && next_listed < listed);
+      }
+    }
+    store_out();
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
+    prefix_attn_fwd_kernel(const FwdPlan plan) {
+  PrefixAttnFwd<Traits>(plan).run();
+}
+
+}  // namespace internvl::sm80

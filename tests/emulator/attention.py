@@ -1,0 +1,67 @@
+"""prefix_attn on the emulator: the kernels' host functions called as csrc/cuda/prefix_attn.cpp calls them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from internvl_kernels import testing
+from internvl_kernels.testing import Case, Inputs
+from torch import Tensor
+
+from .session import Session, machine
+
+MASKS = ("prefix_len", "key_range", "query_start", "key_flags", "segment_ids")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the launches look at. The numbers of an H100, unless a test wants others."""
+
+    multiprocessors: int = 132
+    compute_capability: int = 90
+    max_shared_bytes: int = 232448
+
+
+def arguments(session: Session, inputs: Inputs, prune: bool) -> dict:
+    """Sizes and addresses of a call, without its results."""
+    (batch, seqlen_q, heads_q, head_dim), (_, seqlen_k, heads_kv, _) = inputs.q.shape, inputs.k.shape
+    call = {"batch": batch, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "heads_q": heads_q, "heads_kv": heads_kv}
+    call |= {"head_dim": head_dim, "dtype": str(inputs.q.dtype).split(".")[1], "window": inputs.mask["window"]}
+    call["softmax_scale"] = head_dim**-0.5 if inputs.softmax_scale is None else inputs.softmax_scale
+    call["alibi_prune"] = prune and inputs.alibi_slopes is not None
+    for name in ("q", "k", "v"):
+        call[name] = view(session.input(name, getattr(inputs, name)), getattr(inputs, name))
+    for name in MASKS:
+        if inputs.mask[name] is not None:
+            call[name] = session.input(name, inputs.mask[name].contiguous())
+    if inputs.alibi_slopes is not None:
+        call["alibi_slopes"] = session.input("alibi_slopes", inputs.alibi_slopes)
+    return call
+
+
+def view(address: int, tensor: Tensor) -> tuple[int, int, int, int]:
+    """A View of csrc/common/params.h."""
+    return (address, *tensor.stride()[:3])
+
+
+def forward(
+    inputs: Inputs, *, device: Device | None = None, prune: bool = True, **options
+) -> tuple[testing.bounds.Results, Session]:
+    """out and lse of one call, and the session, already checked. ``options`` go to ``Session``."""
+    session = Session(**options)
+    call, device = arguments(session, inputs, prune), vars(device or Device())
+    out = session.output("out", *inputs.q.shape, dtype=inputs.q.dtype)
+    lse = session.output("lse", inputs.q.shape[0], inputs.q.shape[2], inputs.q.shape[1])
+    call |= {"out": view(out.data_ptr(), out), "lse": lse.data_ptr()}
+    workspace = session.workspace("workspace", machine.prefix_attn_fwd_workspace_bytes(call, device))
+    session.check(machine.prefix_attn_fwd(call, device, workspace.data_ptr() if workspace.numel() else 0))
+    return {"out": out, "lse": lse}, session
+
+
+def problems(case: Case, **options) -> list[str]:
+    """What is wrong with the forward on a case: the gate of ``internvl_kernels.testing``."""
+    inputs = testing.build(case)
+    got, _ = forward(inputs, **options)
+    truth = testing.oracle(inputs, None)
+    eager = lambda: testing.run(testing.gate.reference.prefix_attn, inputs, None)  # noqa: E731
+    return testing.mismatches(got, truth, testing.attention_bounds(inputs, truth), eager)
