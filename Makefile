@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips at once would disturb each other; Ninja compiles in parallel
-.PHONY: help build test test-full demo bench bench-full lint clean FORCE
+.PHONY: help build test test-full test-transformers demo bench bench-full lint clean FORCE
 
 PYTHON ?= python3
 VENV   ?= $(or $(VIRTUAL_ENV),.venv)
@@ -21,6 +21,7 @@ help:
 	@echo "  make demo       train a small model to read handwritten numbers, then let it read (about 4 minutes)"
 	@echo "  make test       build, then run the tests           (make test ARGS='-k layernorm -x')"
 	@echo "  make test-full  also the slow sweeps (random cases, 16 lanes on any x86 processor)"
+	@echo "  make test-transformers  the model tests under older transformers releases (installed below build/)"
 	@echo "  make build      compile the extension in place; does nothing when nothing changed"
 	@echo "  make emulator   compile the CUDA kernels for the processor, as make test does"
 	@echo "  make bench      build, then measure against SDPA, eager, FlexAttention and the machine (about 12 minutes)"
@@ -38,6 +39,9 @@ test: build emulator $(ENV)/.internvl-kernels/test $(ENV)/.internvl-kernels/demo
 
 test-full: build emulator $(ENV)/.internvl-kernels/test $(ENV)/.internvl-kernels/demo
 	@$(PY) -m pytest $(ARGS)
+
+test-transformers: build $(ENV)/.internvl-kernels/test
+	@$(PY) .ci/transformers.py $(ARGS)
 
 demo: build $(ENV)/.internvl-kernels/demo
 	@$(PY) examples/read_digits.py $(ARGS)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from internvl_kernels.models.prefix_lm import (
 from internvl_kernels.models.prefix_lm.attention import LayerConfig
 from internvl_kernels.models.prefix_lm.families import bloom_alibi, bloom_alibi_slopes
 
+from tests.golden import case_ids, replay
 from tests.hf_models import CONFIGS, FAMILIES, TRANSFORMERS_5, model_of
 from tests.prefix_lm_reference import SymmetricBloom, bloom_slopes, reference, reference_model
 
+BANK = Path(__file__).parent / "golden_bank"
 SOME = ("gpt2", "bloom", "mistral")  # one with a table, one with its own loop, one on the interface
 
 
@@ -63,6 +66,13 @@ def mask_for(name, mask):
     if name in ("bloom", "opt") and mask.shape[1] < 12:
         return torch.nn.functional.pad(mask, (0, 12 - mask.shape[1]))
     return mask
+
+
+@pytest.mark.filterwarnings("ignore:attn_implementation")
+@pytest.mark.parametrize("case_id", [case_id for case_id in case_ids(BANK) if case_id.startswith("prefix_")])
+def test_golden(case_id):
+    for _, outcome in replay(BANK, case_id):
+        assert not outcome.problems, outcome
 
 
 @pytest.mark.parametrize("name", CONFIGS)

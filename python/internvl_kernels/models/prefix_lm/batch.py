@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +34,20 @@ def add_bidirectional_mask_if_missing(batch: MutableMapping) -> None:
 
 @dataclass
 class PrefixLMCollator:
-    """Prompt and answer pairs -> input_ids, attention_mask, bidirectional_mask and labels, each int64 [B, S].
+    """Prompt and answer pairs -> a batch of a converted model, each entry int64 [B, S].
 
     The prompt is the prefix and has labels -100; the answer is causal and is what the model learns.
+
+    Padded, one pair in a row: input_ids, attention_mask, bidirectional_mask, labels.
+    Packed, several pairs in a row: input_ids, position_ids that begin again with each pair, bidirectional_mask, labels;
+    no pair sees another.
 
     Args:
         pad_token_id: fills the end of shorter rows (with ``padding_side`` "left": their beginning).
         eos_token_id: ends every answer. Default: none is added.
         prompt, answer: names of the two lists of token ids in an example.
-        max_length: longer examples lose tokens from the beginning of the prompt, then from the end of the answer.
+        max_length: longer pairs lose tokens from the beginning of the prompt, then from the end of the answer.
+        packed: fill rows of ``max_length`` tokens with as many pairs as fit, in order.
         pad_to_multiple_of: rounds S up.
     """
 
@@ -52,31 +57,52 @@ class PrefixLMCollator:
     answer: str = "answer"
     max_length: int | None = None
     padding_side: str = "right"
+    packed: bool = False
     pad_to_multiple_of: int = 1
 
-    def __call__(self, examples: Sequence[MutableMapping]) -> dict[str, Tensor]:
-        rows = [self._row(example) for example in examples]
-        length = max(len(prompt) + len(answer) for prompt, answer in rows)
-        length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        batch = {name: [] for name in ("input_ids", "attention_mask", "bidirectional_mask", "labels")}
-        for prompt, answer in rows:
-            missing = length - len(prompt) - len(answer)
-            fields = {
-                "input_ids": (prompt + answer, self.pad_token_id),
-                "attention_mask": ([1] * (len(prompt) + len(answer)), 0),
-                "bidirectional_mask": ([1] * len(prompt) + [0] * len(answer), 0),
-                "labels": ([IGNORE_INDEX] * len(prompt) + answer, IGNORE_INDEX),
-            }
-            for name, (values, fill) in fields.items():
-                padding = [fill] * missing
-                batch[name].append(padding + values if self.padding_side == "left" else values + padding)
-        return {name: torch.tensor(values, dtype=torch.long) for name, values in batch.items()}
+    def __post_init__(self):
+        if self.packed and self.max_length is None:
+            raise ValueError("packed is True and max_length is None; packing needs the length of a row")
+        if self.padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side is {self.padding_side!r}; allowed: 'left', 'right'")
 
-    def _row(self, example: MutableMapping) -> tuple[list[int], list[int]]:
-        prompt, answer = (torch.as_tensor(example[name]).tolist() for name in (self.prompt, self.answer))
+    def __call__(self, examples: Sequence[Mapping]) -> dict[str, Tensor]:
+        """examples: mappings with ``prompt`` and ``answer``. Raises: KeyError; ValueError (no examples)."""
+        if not examples:
+            raise ValueError("no examples were given")
+        rows = []
+        for example in examples:
+            pair = self._pair(example)
+            if self.packed and rows and len(rows[-1]["input_ids"]) + len(pair["input_ids"]) <= self.max_length:
+                rows[-1] = {name: rows[-1][name] + pair[name] for name in pair}
+            else:
+                rows.append(pair)
+        length = max(len(row["input_ids"]) for row in rows)
+        length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        # padding of packed rows: the position never moves on, so that every such token is a document of its own
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
+        batch = {
+            name: torch.tensor([self._padded(row[name], length, fill.get(name, 0)) for row in rows]) for name in rows[0]
+        }
+        del batch["attention_mask" if self.packed else "position_ids"]
+        return batch
+
+    def _pair(self, example: Mapping) -> dict[str, list[int]]:
+        prompt, answer = (torch.as_tensor(example[name]).long().tolist() for name in (self.prompt, self.answer))
         if self.eos_token_id is not None:
             answer = [*answer, self.eos_token_id]
         if self.max_length is not None:
             answer = answer[: self.max_length]
             prompt = prompt[max(0, len(prompt) + len(answer) - self.max_length) :]
-        return prompt, answer
+        length = len(prompt) + len(answer)
+        return {
+            "input_ids": prompt + answer,
+            "attention_mask": [1] * length,
+            "position_ids": list(range(length)),
+            "bidirectional_mask": [1] * len(prompt) + [0] * len(answer),
+            "labels": [IGNORE_INDEX] * len(prompt) + answer,
+        }
+
+    def _padded(self, values: list[int], length: int, fill: int) -> list[int]:
+        padding = [fill] * (length - len(values))
+        return padding + values if self.padding_side == "left" else values + padding

@@ -57,20 +57,18 @@ def carrier_of(
     past: Cache | None,
     seqlen_q: int,
     device: torch.device,
+    segment_ids: Tensor | None = None,
     same_shape: bool = False,
     weights: bool = False,
 ) -> Tensor:
     """The key carrier of a checked mask; both masks end where the input ends or earlier, then the rest is 0.
 
+    segment_ids: [B, Sq] of packed documents, without a cache.
     Raises: ValueError (shape of attention_mask; with ``same_shape`` a shorter bidirectional_mask without a cache).
     """
     seen, keys = cache_sizes(past, seqlen_q)
     batch, given = bidirectional_mask.shape
     static = past is not None and past.is_compileable
-    if same_shape and past is None and given != (seqlen_q if attention_mask is None else attention_mask.shape[-1]):
-        raise PrefixLMError(
-            f"bidirectional_mask covers {given} keys; this model expects as many as attention_mask, {seqlen_q}"
-        )
     bidirectional = _fit(bidirectional_mask.to(device), keys)
     real = torch.ones(1, 1, dtype=torch.bool, device=device)
     if attention_mask is not None:
@@ -81,12 +79,22 @@ def carrier_of(
                 f"{[batch, keys]}, cached keys included"
             )
         real = _fit(attention_mask.to(device), keys)
+    if same_shape and past is None and given != seqlen_q:
+        raise PrefixLMError(
+            f"bidirectional_mask covers {given} keys; this model expects as many as attention_mask, {seqlen_q}"
+        )
     written = None
     if static:
         written = (torch.arange(keys, device=device) < seen + seqlen_q).expand(batch, -1)
         real = real & written
     flags = real * (semantics.FLAG_VALID + semantics.FLAG_BIDIRECTIONAL * bidirectional)
-    return encode(flags, written, window=Window.LAYER, weights=weights)
+    return encode(flags, written, segment_ids, window=Window.LAYER, weights=weights)
+
+
+def packed_segments(position_ids: Tensor, batch: int) -> Tensor:
+    """int [B, S]: a new segment wherever a position does not follow the one before, as transformers reads packing."""
+    position_ids = position_ids.expand(batch, -1)
+    return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
 
 
 def _fit(mask: Tensor, keys: int) -> Tensor:

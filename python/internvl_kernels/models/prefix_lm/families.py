@@ -91,18 +91,22 @@ class Family:
     """What a causal-LM class needs beyond the attention interface.
 
     classes: modules that change their class. same_shape: without a cache the prefix mask must be as long as the input.
-    positions_from_mask: position ids count real tokens, and are not given by default.
+    positions_from_mask: position ids count real tokens, and are not given by default. takes_positions: whether the
+    model has position ids at all.
     """
 
     classes: dict[type, type] = field(default_factory=dict)
     same_shape: bool = False
     positions_from_mask: bool = False
+    takes_positions: bool = True
 
 
 _FAMILIES = {
     GPTNeoForCausalLM: Family({GPTNeoSelfAttention: PrefixGPTNeoAttention}),
     GPTJForCausalLM: Family({GPTJAttention: PrefixGPTJAttention}),
-    BloomForCausalLM: Family({BloomModel: PrefixBloomModel, BloomAttention: PrefixBloomAttention}, same_shape=True),
+    BloomForCausalLM: Family(
+        {BloomModel: PrefixBloomModel, BloomAttention: PrefixBloomAttention}, same_shape=True, takes_positions=False
+    ),
     OPTForCausalLM: Family(same_shape=True, positions_from_mask=True),
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
-from .carriers import cache_sizes, carrier_of, check_bidirectional_mask
+from .carriers import cache_sizes, carrier_of, check_bidirectional_mask, packed_segments
 from .families import family_of
 from .layers import install
 from .prompt import check_generation, has_window, prompt_mask, setting
@@ -148,10 +148,19 @@ def put_carrier(model: PrefixLM, bound: inspect.BoundArguments, bidirectional_ma
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     past, attention_mask = given.get("past_key_values"), given.get("attention_mask")
     check_bidirectional_mask(bidirectional_mask, x.shape[0], model.config)
-    wanted = given.get("output_attentions", given.get("kwargs", {}).get("output_attentions"))
+    extra = next(
+        (v for k, v in given.items() if bound.signature.parameters[k].kind is inspect.Parameter.VAR_KEYWORD), {}
+    )
+    wanted = given.get("output_attentions", extra.get("output_attentions"))
     weights = model.config.output_attentions if wanted is None else wanted
+    segments = None
+    position_ids = given.get("position_ids", extra.get("position_ids"))
+    if position_ids is not None and position_ids.dim() == 2 and attention_mask is None and past is None:
+        segments = packed_segments(position_ids.to(x.device), x.shape[0])
+    if not family.takes_positions:
+        extra.pop("position_ids", None)
     carrier = carrier_of(
-        bidirectional_mask, attention_mask, past, x.shape[1], x.device, family.same_shape, bool(weights)
+        bidirectional_mask, attention_mask, past, x.shape[1], x.device, segments, family.same_shape, bool(weights)
     )
     if family.positions_from_mask and given.get("position_ids") is None:
         given["position_ids"] = _real_positions(attention_mask, int(cache_sizes(past, 0)[0]), x)
