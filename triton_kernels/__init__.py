@@ -1,1 +1,1 @@
-"""Triton kernels; installed as ``internvl_kernels.triton_kernels``. This version ships none yet."""
+"""Triton kernels: the portable GPU path. ``ops.py`` registers them; importing this package imports no Triton."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from . import reference, registration
 
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,11 +52,34 @@ def _cuda() -> list[str]:
     return reasons
 
 
+def _interpreted() -> bool:
+    """Triton's kernels run in its interpreter, on CPU tensors: for tests, so only when the backend is asked for."""
+    from . import env  # as in `select`
+
+    return env.triton_interpret()
+
+
 def _triton() -> list[str]:
-    reasons = ["this version ships no Triton kernels"]
-    if not torch.cuda.is_available():
+    reasons = [] if _TRITON_INSTALLED else ["Triton is not installed: pip install triton"]
+    if not torch.cuda.is_available() and not _interpreted():
         reasons.append("no CUDA device")
     return reasons
+
+
+def _triton_call(device_type: str, dtype: torch.dtype) -> list[str]:
+    return _on("cpu" if device_type == "cpu" and _interpreted() else "cuda")(device_type, dtype)
+
+
+def _triton_prefix_attn(*arguments, **options):
+    from .triton_kernels import ops  # here, so that Triton is imported when it is used
+
+    return ops.prefix_attn(*arguments, **options)
+
+
+def _triton_clip_qk_layernorm(*arguments):
+    from .triton_kernels import ops
+
+    return ops.clip_qk_layernorm(*arguments)
 
 
 def _on(device: str) -> Callable[[str, torch.dtype], list[str]]:
@@ -72,12 +97,13 @@ def _any_float(_: str, dtype: torch.dtype) -> list[str]:
 
 
 _OPERATORS = {"prefix_attn": registration.prefix_attn, "clip_qk_layernorm": registration.clip_qk_layernorm}
+_TRITON_OPERATORS = {"prefix_attn": _triton_prefix_attn, "clip_qk_layernorm": _triton_clip_qk_layernorm}
 
 BACKENDS = {
     b.name: b
     for b in (
         Backend("cuda", "compute capability >= 8.0", _cuda, _on("cuda"), _OPERATORS),
-        Backend("triton", "GPUs that Triton supports", _triton, _on("cuda"), {}),
+        Backend("triton", "GPUs that Triton supports", _triton, _triton_call, _TRITON_OPERATORS),
         Backend("cpu", "any processor", _cpu, _on("cpu"), _OPERATORS),
         Backend(
             "reference",
@@ -114,8 +140,8 @@ def _choose(op: str, device: str, dtype: torch.dtype, requested: str | None) -> 
         return backend.ops[op]
     refusals = []
     for backend in BACKENDS.values():
-        if backend.name == "reference":  # dense memory: only on request
-            continue
+        if backend.name == "reference" or (backend.name == "triton" and device == "cpu" and _interpreted()):
+            continue  # dense memory, and the interpreter: only on request
         reasons = backend.build() + backend.call(device, dtype)
         if not reasons:
             return backend.ops[op]

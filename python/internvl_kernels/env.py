@@ -35,6 +35,11 @@ def alibi_prune() -> bool:
     return value != "0"
 
 
+def triton_interpret() -> bool:
+    """Triton's own ``TRITON_INTERPRET``: its kernels run on CPU tensors, slowly, without a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

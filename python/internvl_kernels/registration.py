@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import checks
+
 _FOLDER = Path(__file__).parent
 LIBRARY_ERROR: str | None = None
 
@@ -58,38 +60,6 @@ def cpu_info() -> dict:
     }
 
 
-def _check_devices(op: str, first: str, tensors: dict[str, Tensor | None]) -> None:
-    """One meta tensor among real ones would send the call here, and unwritten memory back to the caller."""
-    device = tensors[first].device
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}; {first} is on {device}")
-
-
-def _check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple) -> None:
-    if tensor is not None and (tensor.dim() != len(shape) or any(a != b for a, b in zip(tensor.shape, shape))):  # noqa: B905
-        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; expected {list(shape)}")
-
-
-def _check_prefix_attn(op: str, q: Tensor, k: Tensor, v: Tensor, terms: dict[str, Tensor | None]) -> None:
-    """What a tracer can know; csrc/common/check.cpp checks everything, with the same words."""
-    _check_devices(op, "q", {"q": q, "k": k, "v": v, **terms})
-    for name, tensor in (("q", q), ("k", k)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; expected [batch, seqlen, heads, head_dim]")
-    (batch, _, heads, head_dim), (_, seqlen_k, heads_kv, _) = q.shape, k.shape
-    for name, tensor in (("k", k), ("v", v)):
-        _check_shape(op, name, tensor, (batch, seqlen_k, heads_kv, head_dim))
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; expected q's {q.dtype}")
-    if heads_kv == 0 or heads % heads_kv != 0:
-        raise ValueError(f"{op}: q has {heads} heads and k has {heads_kv}; expected a multiple")
-    shapes = {"key_range": (batch, 2), "alibi_slopes": (heads,)}
-    shapes |= dict.fromkeys(("key_flags", "segment_ids"), (batch, seqlen_k))
-    for name, tensor in terms.items():
-        _check_shape(op, name, tensor, shapes.get(name, (batch,)))
-
-
 def _fake_prefix_attn(
     q,
     k,
@@ -105,7 +75,9 @@ def _fake_prefix_attn(
     window=0,
 ):
     terms = {"prefix_len": prefix_len, "key_range": key_range, "query_start": query_start, "key_flags": key_flags}
-    _check_prefix_attn("prefix_attn", q, k, v, {**terms, "segment_ids": segment_ids, "alibi_slopes": alibi_slopes})
+    checks.traced_prefix_attn(
+        "prefix_attn", q, k, v, {**terms, "segment_ids": segment_ids, "alibi_slopes": alibi_slopes}
+    )
     batch, seqlen_q, heads_q, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
 
@@ -114,8 +86,8 @@ def _fake_prefix_attn_backward(
     grad_out, grad_lse, q, k, v, out, lse, *, alibi_slopes=None, softmax_scale=None, window=0, **terms
 ):
     op = "prefix_attn_backward"
-    _check_prefix_attn(op, q, k, v, {**terms, "alibi_slopes": alibi_slopes})
-    _check_devices(op, "q", {"q": q, "grad_out": grad_out, "grad_lse": grad_lse, "out": out, "lse": lse})
+    checks.traced_prefix_attn(op, q, k, v, {**terms, "alibi_slopes": alibi_slopes})
+    checks.devices(op, "q", {"q": q, "grad_out": grad_out, "grad_lse": grad_lse, "out": out, "lse": lse})
     slopes = q.new_empty((0 if alibi_slopes is None else q.shape[2],), dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), slopes
 
@@ -138,7 +110,7 @@ class _PrefixAttn(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return (None,) * 8
         dq, dk, dv, dslopes = torch.ops.internvl.prefix_attn_backward.default(
-            torch.zeros_like(out) if grad_out is None else _rows(grad_out),
+            torch.zeros_like(out) if grad_out is None else dense_rows(grad_out),
             grad_lse,
             q,
             k,
@@ -153,7 +125,7 @@ class _PrefixAttn(torch.autograd.Function):
         return None, dq, dk, dv, (None if alibi_slopes is None else dslopes), None, None, None
 
 
-def _rows(grad: Tensor) -> Tensor:
+def dense_rows(grad: Tensor) -> Tensor:
     """The gradient with a contiguous last dimension (an expanded one, from ``sum()``, has stride 0)."""
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
@@ -200,37 +172,37 @@ def _prefix_attn_autograd(
     return run(keyset, q, k, v, alibi_slopes, masks, softmax_scale, window)
 
 
-def _prefix_attn_autocast(device_type: str):
-    """q, k and v in the autocast dtype, like scaled_dot_product_attention; slopes stay fp32."""
+def prefix_attn_autocast(operator, device_type: str):
+    """q, k and v of ``operator`` in the autocast dtype, like scaled_dot_product_attention; slopes stay fp32."""
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
 
-    def run(keyset, q, k, v, **rest):
+    def run(keyset, q, k, v, *terms, **rest):
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = (t.to(dtype) if t.dtype.is_floating_point and t.dtype != torch.float64 else t for t in (q, k, v))
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return torch.ops.internvl.prefix_attn.default(q, k, v, **rest)
+            return operator(q, k, v, *terms, **rest)
 
     return run
 
 
-def _fake_clip_qk_layernorm(qkv, q_width, k_width, clip, q_weight, q_bias, k_weight, k_bias, eps):
+def fake_clip_qk_layernorm(qkv, q_width, k_width, clip, q_weight, q_bias, k_weight, k_bias, eps):
     op = "clip_qk_layernorm"
     parameters = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
-    _check_devices(op, "qkv", {"qkv": qkv, **parameters})
+    checks.devices(op, "qkv", {"qkv": qkv, **parameters})
     if qkv.dim() == 0 or qkv.shape[-1] != q_width + 2 * k_width:
         raise ValueError(f"{op}: qkv has shape {list(qkv.shape)}; expected [..., {q_width + 2 * k_width}]")
     for name, parameter in parameters.items():
-        _check_shape(op, name, parameter, (q_width if name.startswith("q") else k_width,))
+        checks.shape(op, name, parameter, (q_width if name.startswith("q") else k_width,))
     rows = qkv.shape[:-1]
     q, k, v = (qkv.new_empty((*rows, width)) for width in (q_width, k_width, k_width))
     return q, k, v, qkv.new_empty((*rows, 4), dtype=torch.float32)
 
 
-def _fake_clip_qk_layernorm_backward(
+def fake_clip_qk_layernorm_backward(
     grad_q, grad_k, grad_v, qkv, q_width, k_width, clip, q_weight, k_weight, statistics
 ):
     tensors = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v, "q_weight": q_weight, "k_weight": k_weight}
-    _check_devices("clip_qk_layernorm_backward", "qkv", {"qkv": qkv, **tensors, "statistics": statistics})
+    checks.devices("clip_qk_layernorm_backward", "qkv", {"qkv": qkv, **tensors, "statistics": statistics})
 
     def like(weight, width):
         return qkv.new_empty((0 if weight is None else width,), dtype=torch.float32)
@@ -239,7 +211,7 @@ def _fake_clip_qk_layernorm_backward(
     return (qkv.new_empty(qkv.shape), *q_grads, like(k_weight, k_width), like(k_weight, k_width))
 
 
-def _save_clip_qk_layernorm(ctx, inputs, output):
+def save_clip_qk_layernorm(ctx, inputs, output):
     qkv, q_width, k_width, clip, q_weight, q_bias, k_weight, k_bias, _ = inputs
     ctx.save_for_backward(qkv, q_weight, k_weight, output[3])
     ctx.widths, ctx.clip = (q_width, k_width), clip
@@ -248,38 +220,41 @@ def _save_clip_qk_layernorm(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _clip_qk_layernorm_backward(ctx, grad_q, grad_k, grad_v, _grad_statistics):
+def clip_qk_layernorm_gradients(operator, ctx, grad_q, grad_k, grad_v, _grad_statistics):
+    """Backward of ``clip_qk_layernorm`` through ``operator``: gradients of its nine arguments."""
     qkv, q_weight, k_weight, statistics = ctx.saved_tensors
     q_width, k_width = ctx.widths
-    grads = [g if g is None else _rows(g) for g in (grad_q, grad_k, grad_v)]
-    grad_qkv, *parameter_grads = torch.ops.internvl.clip_qk_layernorm_backward.default(
-        *grads, qkv, q_width, k_width, ctx.clip, q_weight, k_weight, statistics
-    )
+    grads = [g if g is None else dense_rows(g) for g in (grad_q, grad_k, grad_v)]
+    grad_qkv, *parameter_grads = operator(*grads, qkv, q_width, k_width, ctx.clip, q_weight, k_weight, statistics)
     parameter_grads = [None if t is None else g.to(t) for g, t in zip(parameter_grads, ctx.parameters, strict=True)]
     return grad_qkv, None, None, None, *parameter_grads, None
 
 
-def _refuse_second_derivatives(_ctx, *_grads):
+def _clip_qk_layernorm_backward(*arguments):
+    return clip_qk_layernorm_gradients(torch.ops.internvl.clip_qk_layernorm_backward.default, *arguments)
+
+
+def refuse_second_derivatives(_ctx, *_grads):
     """Without it PyTorch only warns, and goes on with a wrong gradient."""
     raise NotImplementedError("clip_qk_layernorm: second derivatives are not implemented")
 
 
+def below_autograd(operator, *arguments, **options):
+    """Calls the operator past its Python autograd kernel when no gradient is wanted."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*arguments, **options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments, **options)
+
+
 def prefix_attn(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
     """``torch.ops.internvl.prefix_attn``, skipping the Python autograd kernel when no gradient is wanted."""
-    op = torch.ops.internvl.prefix_attn.default
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(q, k, v, **options)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(q, k, v, **options)
+    return below_autograd(torch.ops.internvl.prefix_attn.default, q, k, v, **options)
 
 
 def clip_qk_layernorm(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``torch.ops.internvl.clip_qk_layernorm``, with the same short way when no gradient is wanted."""
-    op = torch.ops.internvl.clip_qk_layernorm.default
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    return below_autograd(torch.ops.internvl.clip_qk_layernorm.default, *arguments)
 
 
 def _register() -> torch.library.Library:
@@ -287,15 +262,16 @@ def _register() -> torch.library.Library:
     library.impl("prefix_attn", _prefix_attn_autograd, "Autograd", with_keyset=True)
     for device_type in ("cpu", "cuda"):
         key = f"Autocast{device_type.upper()}"
-        library.impl("prefix_attn", _prefix_attn_autocast(device_type), key, with_keyset=True)
+        rule = prefix_attn_autocast(torch.ops.internvl.prefix_attn.default, device_type)
+        library.impl("prefix_attn", rule, key, with_keyset=True)
     torch.library.register_fake("internvl::prefix_attn", _fake_prefix_attn)
     torch.library.register_fake("internvl::prefix_attn_backward", _fake_prefix_attn_backward)
-    torch.library.register_fake("internvl::clip_qk_layernorm", _fake_clip_qk_layernorm)
-    torch.library.register_fake("internvl::clip_qk_layernorm_backward", _fake_clip_qk_layernorm_backward)
+    torch.library.register_fake("internvl::clip_qk_layernorm", fake_clip_qk_layernorm)
+    torch.library.register_fake("internvl::clip_qk_layernorm_backward", fake_clip_qk_layernorm_backward)
     torch.library.register_autograd(
-        "internvl::clip_qk_layernorm", _clip_qk_layernorm_backward, setup_context=_save_clip_qk_layernorm
+        "internvl::clip_qk_layernorm", _clip_qk_layernorm_backward, setup_context=save_clip_qk_layernorm
     )
-    torch.library.register_autograd("internvl::clip_qk_layernorm_backward", _refuse_second_derivatives)
+    torch.library.register_autograd("internvl::clip_qk_layernorm_backward", refuse_second_derivatives)
     return library
 
 
