@@ -52,9 +52,9 @@ TABLE: dict[str, dict[str, dict[tuple[int, int], Config]]] = {
             (4, 256): Config(16, 16, 4, 2),
         },
         "dkdv": {
-            (2, 64): Config(64, 64, 4, 2),
+            (2, 64): Config(32, 64, 4, 2),
             (2, 128): Config(32, 32, 4, 2),
-            (2, 256): Config(32, 32, 4, 1),
+            (2, 256): Config(32, 32, 8, 1),
             (4, 64): Config(32, 32, 4, 1),
             (4, 128): Config(16, 32, 4, 1),
             (4, 256): Config(16, 16, 4, 1),
