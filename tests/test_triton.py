@@ -54,6 +54,30 @@ for build in builds:
 
 
 @needs_triton
+def test_compilers_see_the_kernels():
+    """With symbolic shapes a traced forward and backward become launches of the kernels, not opaque operators."""
+    code = """
+import torch
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from internvl_kernels.triton_kernels import ops
+
+def step(q, k, prefix, slopes):
+    op, terms = torch.ops.internvl_triton, {"prefix_len": prefix, "alibi_slopes": slopes}
+    out, lse = op.prefix_attn(q, k, k, **terms)
+    return op.prefix_attn_backward(out, None, q, k, k, out, lse, **terms)
+
+q, k, prefix = torch.randn(2, 600, 4, 16), torch.randn(2, 700, 2, 16), torch.zeros(2, dtype=torch.int32)
+graph = make_fx(dispatch_functionalize(step), tracing_mode="symbolic")(q, k, prefix, torch.rand(4)).graph
+names = [str(node.target) for node in graph.nodes]
+assert names.count("triton_kernel_wrapper_functional") == 7, names  # norms, forward, norms, and four of the backward
+assert not any("internvl_triton" in name for name in names), names
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@needs_triton
 @pytest.mark.slow
 def test_every_kernel_compiles():
     done = python("-m", "internvl_kernels.triton_kernels.compile")

@@ -36,9 +36,9 @@ class Config:
 TABLE: dict[str, dict[str, dict[tuple[int, int], Config]]] = {
     "default": {
         "fwd": {
-            (2, 64): Config(128, 64, 4, 3),
+            (2, 64): Config(128, 64, 8, 3),
             (2, 128): Config(128, 64, 8, 2),
-            (2, 256): Config(64, 32, 4, 2),
+            (2, 256): Config(64, 32, 8, 2),
             (4, 64): Config(64, 32, 4, 2),
             (4, 128): Config(32, 32, 4, 2),
             (4, 256): Config(32, 16, 8, 1),

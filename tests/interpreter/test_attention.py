@@ -20,11 +20,17 @@ from internvl_kernels.testing.cases import DTYPES
 from internvl_kernels.triton_kernels import configs, launch, ops
 
 STRUCTURED = structured_cases()
-# Two heads that share their keys instead of four that share two: every feature once, in half the time.
-SMALL = {
-    name: dataclasses.replace(case, heads_q=2, heads_kv=1) if (case.heads_q, case.heads_kv) == (4, 2) else case
-    for name, case in STRUCTURED.items()
-}
+LONG = ("causal", "prefix-range", "window-prefix-range", "segments-packed", "alibi-prefix", "alibi-flags-segments")
+
+
+def small(name: str) -> Case:
+    """Two heads that share their keys instead of four that share two, and two tiles instead of three, but for LONG."""
+    case = STRUCTURED[name]
+    if (case.heads_q, case.heads_kv) == (4, 2):
+        case = dataclasses.replace(case, heads_q=2, heads_kv=1)
+    if case.seqlen_q == case.seqlen_k and name not in LONG:
+        case = dataclasses.replace(case, seqlen_q=70, seqlen_k=70)
+    return dataclasses.replace(case, dtype=DTYPES[list(STRUCTURED).index(name) % 3])
 
 
 def passes(case):
@@ -32,10 +38,10 @@ def passes(case):
     assert not problems, "\n".join([repr(case), *problems])
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", STRUCTURED)
 def test_structured(name):
     """Every feature, in one dtype each."""
-    passes(dataclasses.replace(SMALL[name], dtype=DTYPES[list(SMALL).index(name) % 3]))
+    passes(small(name))
 
 
 @pytest.mark.slow
@@ -45,10 +51,10 @@ def test_structured_in_every_dtype(name, dtype):
     passes(dataclasses.replace(STRUCTURED[name], dtype=dtype))
 
 
-@pytest.mark.parametrize("head_dim", (1, 3, 17, 80, 256))
+@pytest.mark.parametrize("head_dim", (1, 17, 80, 256))
 def test_head_dims(head_dim):
     """Padded in the block; one row is decoding."""
-    case = Case(1, 70, 100, 2, 1, head_dim, DTYPES[head_dim % 3], prefix_len=(30,), alibi="mpt", seed=head_dim)
+    case = Case(1, 70, 70, 2, 1, head_dim, DTYPES[head_dim % 3], prefix_len=(30,), alibi="mpt", seed=head_dim)
     passes(case)
     passes(dataclasses.replace(case, seqlen_q=1))
 
@@ -56,7 +62,8 @@ def test_head_dims(head_dim):
 @pytest.mark.parametrize("seed", range(6))
 def test_random(seed):
     case = random_case(seed)
-    passes(dataclasses.replace(case, batch=1, **_one_row(case), head_dim=min(case.head_dim, 64)))
+    lengths = {"seqlen_q": min(case.seqlen_q, 70), "seqlen_k": min(case.seqlen_k, 130)}
+    passes(dataclasses.replace(case, batch=1, **_one_row(case), **lengths, head_dim=min(case.head_dim, 64)))
 
 
 @pytest.mark.slow
@@ -91,18 +98,18 @@ def test_decoding_splits_the_keys(seqlen_q, monkeypatch):
 
 
 def test_same_bits_every_time():
-    case = Case(2, 130, 130, 4, 2, 16, "bfloat16", prefix_len=(40, 97), alibi="random", segments="packed")
+    case = Case(1, 70, 70, 2, 1, 16, "bfloat16", prefix_len=(40,), alibi="random", segments="packed")
     first, second = (run(ops.prefix_attn, build(case)) for _ in range(2))
     for name in first:
         assert torch.equal(first[name].nan_to_num(), second[name].nan_to_num()), name
 
 
 def pruned_case(**changes):
-    case = Case(1, 320, 320, 2, 1, 16, prefix_len=(100,), alibi="steep", seed=5)
+    case = Case(1, 256, 256, 2, 1, 16, prefix_len=(70,), alibi="steep", seed=5)
     return dataclasses.replace(case, **changes)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ("bfloat16", pytest.param("float32", marks=pytest.mark.slow)))
 def test_distance_pruning_skips_tiles_and_changes_nothing(dtype, monkeypatch):
     """Keys so far that they weigh nothing are not visited: a poisoned one is not noticed, and no result moves."""
     case = pruned_case(dtype=dtype)
@@ -180,7 +187,7 @@ def test_nothing_to_do(shape):
 def test_far_positions():
     """int32 data at its limits, windows included."""
     for start in (-(2**31), 2**31 - 1):
-        for window in (0, 3, 2**30 - 70):
+        for window in (0, 2**30 - 70):
             passes(Case(1, 5, 70, 1, 1, 16, prefix_len=(3,), query_start=(start,), window=window, gradients="both"))
 
 
