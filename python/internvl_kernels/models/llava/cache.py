@@ -11,7 +11,7 @@ def cache_length(past_key_values) -> int:
     if past_key_values is None:
         return 0
     if hasattr(past_key_values, "get_seq_length"):
-        return past_key_values.get_seq_length()
+        return int(past_key_values.get_seq_length())  # a tensor for static caches of transformers 4
     return past_key_values[-1][1].shape[-2] if len(past_key_values) and len(past_key_values[-1]) else 0
 
 

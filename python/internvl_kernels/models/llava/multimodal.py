@@ -160,7 +160,10 @@ class LlavaMultimodal(CheckedLoading, LlavaMetaForCausalLM):
             chosen = default_prefix(mode, fused.real, fused.plan.is_image, None)
             kwargs["prefix_mask"] = chosen if given is None else fused.plan.per_token(given, 0)
         self._lengths_of_new_tokens(kwargs, input_ids.shape[1])
-        out = super().generate(inputs_embeds=fused.inputs_embeds, attention_mask=fused.real.long(), **kwargs)
+        # Padding repeats a token: transformers 4 takes a static cache's zero keys, which zeros give, for free slots.
+        first = fused.inputs_embeds[torch.arange(len(input_ids)), fused.real.int().argmax(1)]
+        embeds = torch.where(fused.real[..., None], fused.inputs_embeds, first[:, None])
+        out = super().generate(inputs_embeds=embeds, attention_mask=fused.real.long(), **kwargs)
         new = out if isinstance(out, Tensor) else out.sequences
         prompt = input_ids.repeat_interleave(new.shape[0] // max(input_ids.shape[0], 1), dim=0)
         sequences = torch.cat([prompt, new], dim=1)
