@@ -288,6 +288,9 @@ def test_files_are_read_back(tmp_path):
     model.vision_model.save_pretrained(tmp_path / "vision")
     vision = AutoModel.from_pretrained(tmp_path / "vision").eval()
     assert torch.equal(vision(images).last_hidden_state, model.vision_model(images).last_hidden_state)
+    model.resize_token_embeddings(53)
+    model.save_pretrained(tmp_path / "resized")
+    assert InternVLModel.from_pretrained(tmp_path / "resized").qllama.lm_head.weight.shape == (53, 32)
     state = {k: v for k, v in model.state_dict().items() if k != "query_tokens"}
     model.save_pretrained(tmp_path / "partial", state_dict=state)
     with pytest.raises(ValueError, match=r"1 missing \(query_tokens\)"):
@@ -324,6 +327,8 @@ def test_configurations_are_their_own():
     assert (defaults.vision_config.hidden_size, defaults.qllama_config.vision_hidden_size) == (3200, 3200)
     with pytest.raises(ValueError, match=r"vision_hidden_size is 20; vision_config\.hidden_size is 24"):
         InternVLConfig(vision_config=VISION, qllama_config={**QLLAMA, "vision_hidden_size": 20})
+    with pytest.raises(ValueError, match="transformers' InternVL, another model"):
+        InternVLConfig(vision_config=VISION, text_config={"hidden_size": 8})
     with pytest.raises(ValueError, match="hidden_size is 25; it must be a multiple of num_attention_heads = 3"):
         InternVisionConfig(**{**VISION, "hidden_size": 25})
 

@@ -10,7 +10,7 @@ from internvl_kernels.models.qllama import LlamaForCausalLM, LlamaModel, QLlamaC
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, StaticCache
 
-from tests.test_models_qllama import WIDTH, N, ids, padded_left, tiny
+from tests.test_models_qllama import VOCAB, WIDTH, N, ids, padded_left, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -349,6 +349,22 @@ def test_state_dict_keys_are_the_originals():
     assert set(tiny().state_dict()) == wanted
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_and_resized_tables(tied, tmp_path):
+    model = tiny(tie_word_embeddings=tied)
+    model.resize_token_embeddings(VOCAB + 3)
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight) and again.config.vocab_size == VOCAB + 3
+
+
+def test_outputs_asked_for_in_the_configuration():
+    model = tiny(output_hidden_states=True)
+    assert len(model(ids(1, 4)).hidden_states) == 4
+    assert model(ids(1, 4), output_hidden_states=False).hidden_states is None
+
+
 def test_faulty_checkpoints_are_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -420,6 +436,14 @@ def test_caches_of_other_models_are_refused():
     with pytest.raises(ValueError, match="inside the block of 6 query tokens"):
         past = model(ids(2, 3), use_cache=True).past_key_values
         model(ids(2, 8), vision_hidden_states=vision_of(2), past_key_values=past)
+
+
+def test_a_full_static_cache_is_refused():
+    model = tiny()
+    cache = StaticCache(config=model.config, max_cache_len=10)
+    model(ids(2, 8), past_key_values=cache)
+    with pytest.raises(ValueError, match="room for 10 tokens and holds 8; 3 more do not fit"):
+        model(ids(2, 3), past_key_values=cache)
 
 
 @pytest.mark.parametrize(

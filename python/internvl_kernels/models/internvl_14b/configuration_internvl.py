@@ -22,7 +22,7 @@ class InternVLConfig(PretrainedConfig):
         clip_embed_dim, attn_pool_num_heads, label_smoothing: kept for configuration files.
         use_backbone_lora, use_qllama_lora: ranks of the LoRA adapters; 0 = none.
         force_image_size: image size that is fed; the position table is interpolated to it. None: vision_config's.
-    Raises: ValueError (vision_hidden_size of the two halves differ).
+    Raises: ValueError (vision_hidden_size of the two halves differ; another model's configuration).
     """
 
     model_type = "internvl"
@@ -44,6 +44,11 @@ class InternVLConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs,
     ):
+        if qllama_config is None and kwargs.get("text_config") is not None:
+            raise ValueError(
+                "the configuration has a text_config and no qllama_config: it is transformers' InternVL, another model "
+                "of the same model_type"
+            )
         self.vision_config = _made(InternVisionConfig, vision_config)
         width = self.vision_config.hidden_size
         shared = {
@@ -74,6 +79,7 @@ class InternVLConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.hidden_size = self.qllama_config.hidden_size
         kwargs.pop("hidden_size", None)  # derived
+        kwargs.setdefault("tie_word_embeddings", self.qllama_config.tie_word_embeddings)
         super().__init__(**kwargs)
 
 

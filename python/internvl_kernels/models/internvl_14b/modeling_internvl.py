@@ -67,6 +67,18 @@ class InternVLModel(InternVLPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.qllama.set_input_embeddings(value)
 
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.qllama.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.qllama.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As in transformers, on the language model; its configuration here follows."""
+        table = self._language_model.resize_token_embeddings(*args, **kwargs)
+        self.config.qllama_config.vocab_size = table.num_embeddings
+        return table
+
     def wrap_backbone_lora(self, r: int = 128, lora_alpha: int = ALPHA, lora_dropout: float = DROPOUT) -> None:
         """Adapters in the vision transformer. Raises: ImportError (no peft)."""
         self.vision_model = with_lora(self.vision_model, VISION_TARGETS, r, lora_alpha, lora_dropout)

@@ -89,11 +89,12 @@ class Past:
         return self.keys if self.given is None else self.given
 
 
-def open_past(given, use_cache: bool, config, batch: int) -> Past:
-    """The caches behind ``past_key_values``.
+def open_past(given, use_cache: bool, config, shape: tuple[int, int]) -> Past:
+    """The caches behind ``past_key_values``, for [B, S] new tokens.
 
-    Raises: ValueError (not a cache, another number of layers, other heads, head dims or batch, a window).
+    Raises: ValueError (not a cache, another number of layers, other heads, head dims or batch, a window, no room).
     """
+    batch, seqlen = shape
     if given is None:
         cache = DynamicCache() if use_cache else None
         return Past(cache, None, 0)
@@ -105,7 +106,12 @@ def open_past(given, use_cache: bool, config, batch: int) -> Past:
             f"past_key_values is a {type(given).__name__}; expected a transformers Cache, or one (k, v) pair per layer"
         )
     _check_layers(keys, config, batch)
-    return Past(keys, given, _length(keys))
+    past = Past(keys, given, _length(keys))
+    if past.capacity is not None and isinstance(past.start, int) and past.start + seqlen > past.capacity:
+        raise ValueError(
+            f"past_key_values has room for {past.capacity} tokens and holds {past.start}; {seqlen} more do not fit"
+        )
+    return past
 
 
 def past_length(given) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationMixin
+from transformers import LlamaForCausalLM as TheirLlama
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_qllama import QLlamaConfig
@@ -13,7 +14,9 @@ from .model import LlamaModel, LlamaPreTrainedModel
 
 
 class LlamaForCausalLM(QLlamaGenerationMixin, LlamaPreTrainedModel, GenerationMixin):
-    """``LlamaModel`` under ``model`` with an output head ``lm_head``."""
+    """``LlamaModel`` under ``model`` with an output head ``lm_head``, its own unless ``tie_word_embeddings``."""
+
+    _tied_weights_keys = TheirLlama._tied_weights_keys  # a list or a dict, by the release of transformers
 
     def __init__(self, config: QLlamaConfig):
         super().__init__(config)

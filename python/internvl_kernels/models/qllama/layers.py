@@ -100,7 +100,7 @@ class LlamaAttention(nn.Module):
             if position_ids is None:
                 position_ids = torch.arange(past, total, device=q.device)[None]
             position_embeddings = self.rotary_emb.tables(position_ids, total, q.dtype)
-        cos, sin = (t.to(q.dtype) for t in position_embeddings)
+        cos, sin = (t.to(q.device, q.dtype) for t in position_embeddings)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v, past_key_value = _append(past_key_value, k, v, use_cache)
         weights = None

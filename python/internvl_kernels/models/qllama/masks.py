@@ -48,7 +48,12 @@ class SelfMask:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, S, H, D], k, v [B, T, Hkv, D] -> [B, S, H, D]; a row without a visible key gives 0."""
-        outs = [prefix_attention(q[:, s.begin : s.end], k[:, : s.keys], v[:, : s.keys], **s.terms) for s in self.spans]
+        outs = []
+        for span in self.spans:
+            # layers of one model may live on several devices; what is there already is not copied
+            terms = {name: t.to(q.device) if isinstance(t, Tensor) else t for name, t in span.terms.items()}
+            rows = q[:, span.begin : span.end]
+            outs.append(prefix_attention(rows, k[:, : span.keys], v[:, : span.keys], **terms))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 

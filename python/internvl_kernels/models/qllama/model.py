@@ -90,6 +90,7 @@ class LlamaModel(LlamaPreTrainedModel):
         """
         embeds = token_embeddings(self.embed_tokens, input_ids, inputs_embeds)
         past, use_cache = self._open(past_key_values, use_cache, embeds)
+        output_attentions = self._asked(output_attentions, "output_attentions")
         num_query_token = self.config.num_query_token if use_zero_attention_mask else 0
         shape = tuple(embeds.shape[:2])
         attention_mask = check_mask(attention_mask, shape, past.start, past.capacity)
@@ -99,7 +100,12 @@ class LlamaModel(LlamaPreTrainedModel):
             mask = self_mask(shape, past.start, attention_mask, num_query_token)
         return self._run(
             *(embeds, mask, past, position_ids, vision_hidden_states, repeat_time, use_cache),
-            *(bool(output_attentions), bool(output_hidden_states), return_dict, bool(use_zero_attention_mask)),
+            *(
+                output_attentions,
+                self._asked(output_hidden_states, "output_hidden_states"),
+                return_dict,
+                bool(use_zero_attention_mask),
+            ),
         )
 
     def forward_train(
@@ -124,6 +130,7 @@ class LlamaModel(LlamaPreTrainedModel):
         """
         embeds = token_embeddings(self.embed_tokens, input_ids, inputs_embeds)
         past, use_cache = self._open(past_key_values, use_cache, embeds)
+        output_attentions = self._asked(output_attentions, "output_attentions")
         batch, seqlen = embeds.shape[:2]
         total = int(past.start) + seqlen
         mask = attention_mask
@@ -136,15 +143,18 @@ class LlamaModel(LlamaPreTrainedModel):
             mask = full_mask(seqlen, total) if mask is None else recognise(mask) or mask
         return self._run(
             *(embeds, mask, past, position_ids, vision_hidden_states, repeat_time, use_cache),
-            *(bool(output_attentions), bool(output_hidden_states), return_dict),
+            *(output_attentions, output_hidden_states, return_dict),
         )
+
+    def _asked(self, given: bool | None, name: str) -> bool:
+        return bool(getattr(self.config, name, False) if given is None else given)
 
     def _open(self, past_key_values, use_cache: bool | None, embeds: Tensor) -> tuple[Past, bool]:
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self._checkpoints() and (use_cache or past_key_values is not None):
             logger.warning_once("use_cache is off while training with gradient checkpointing")
             use_cache, past_key_values = False, None
-        past = open_past(past_key_values, use_cache, self.config, embeds.shape[0])
+        past = open_past(past_key_values, use_cache, self.config, tuple(embeds.shape[:2]))
         return past, use_cache
 
     def _checkpoints(self) -> bool:
@@ -172,11 +182,12 @@ class LlamaModel(LlamaPreTrainedModel):
         repeat_time: int,
         use_cache: bool,
         output_attentions: bool,
-        output_hidden_states: bool,
+        output_hidden_states: bool | None,
         return_dict: bool | None,
         zero_mask: bool = False,
     ):
         config, seqlen = self.config, embeds.shape[1]
+        output_hidden_states = self._asked(output_hidden_states, "output_hidden_states")
         vision = check_vision(config, vision_hidden_states, repeat_time, embeds, past.has_vision())
         position_ids = check_positions(position_ids, tuple(embeds.shape[:2]), past.start, embeds.device)
         capacity = past.start + seqlen if isinstance(past.start, int) else past.capacity
