@@ -1,5 +1,6 @@
 #include "cuda/kernel_table.h"
 
+#include "cuda/sm80/prefix_attn_bwd.h"
 #include "cuda/sm80/prefix_attn_fwd.h"
 
 namespace internvl {
@@ -18,7 +19,9 @@ constexpr AttnKernels sm80_row(DType dtype) {
           dtype,
           kHeadDim,
           &sm80::prefix_attn_fwd_workspace_bytes<T, kHeadDim>,
-          &sm80::prefix_attn_fwd<T, kHeadDim>};
+          &sm80::prefix_attn_fwd<T, kHeadDim>,
+          &sm80::prefix_attn_bwd_workspace_bytes<T, kHeadDim>,
+          &sm80::prefix_attn_bwd<T, kHeadDim>};
 }
 
 #define INTERNVL_BF16(head_dim) sm80_row<ptx::Bf16, head_dim>(DType::kBFloat16),

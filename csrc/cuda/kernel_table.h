@@ -22,6 +22,9 @@ struct AttnKernels {
   int head_dim;
   int64_t (*fwd_bytes)(const PrefixAttnParams&, const DeviceInfo&);
   LaunchStatus (*fwd)(const PrefixAttnParams&, const DeviceInfo&, void* workspace, void* stream);
+  int64_t (*bwd_bytes)(const PrefixAttnParams&, const PrefixAttnGrads&, const DeviceInfo&);
+  LaunchStatus (*bwd)(const PrefixAttnParams&, const PrefixAttnGrads&, const DeviceInfo&,
+                      void* workspace, void* stream);
 };
 
 // The kernels for a call, or null; `reason` then says why.

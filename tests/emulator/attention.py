@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from internvl_kernels import testing
 from internvl_kernels.testing import Case, Inputs
 from torch import Tensor
@@ -56,6 +57,52 @@ def forward(
     workspace = session.workspace("workspace", machine.prefix_attn_fwd_workspace_bytes(call, device))
     session.check(machine.prefix_attn_fwd(call, device, workspace.data_ptr() if workspace.numel() else 0))
     return {"out": out, "lse": lse}, session
+
+
+def backward(
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    gradients: str = "both",
+    device: Device | None = None,
+    prune: bool = True,
+    **options,
+) -> tuple[testing.bounds.Results, Session]:
+    """The gradients of one call whose forward returned out and lse, and the session, already checked."""
+    session = Session(**options)
+    call, device = arguments(session, inputs, prune), vars(device or Device())
+    grad_out = torch.zeros_like(inputs.grad_out) if gradients == "lse" else inputs.grad_out
+    for name, tensor in (("out", out), ("grad_out", grad_out)):
+        call[name] = view(session.input(name, tensor), tensor)
+    call["lse"] = session.input("lse", lse)
+    if gradients != "out":
+        call["grad_lse"] = session.input("grad_lse", inputs.grad_lse.contiguous())
+    results = {}
+    for name, like in (("dq", inputs.q), ("dk", inputs.k), ("dv", inputs.v)):
+        results[name] = session.output(name, *like.shape, dtype=like.dtype)
+        call[name] = view(results[name].data_ptr(), results[name])
+    if inputs.alibi_slopes is not None:
+        results["dalibi_slopes"] = session.output("dalibi_slopes", inputs.q.shape[2])
+        call["dalibi_slopes"] = results["dalibi_slopes"].data_ptr()
+    workspace = session.workspace("workspace", machine.prefix_attn_bwd_workspace_bytes(call, device))
+    session.check(machine.prefix_attn_bwd(call, device, workspace.data_ptr() if workspace.numel() else 0))
+    return results, session
+
+
+def saved(inputs: Inputs, truth: testing.bounds.Results) -> tuple[Tensor, Tensor]:
+    """out and lse as a forward without errors of its own would leave them."""
+    return truth["out"].to(inputs.q.dtype), truth["lse"].float()
+
+
+def backward_problems(case: Case, inputs: Inputs | None = None, **options) -> list[str]:
+    """What is wrong with the backward alone on a case: it is given the true out and lse."""
+    inputs = inputs or testing.build(case)
+    truth = testing.oracle(inputs, case.gradients)
+    got, _ = backward(inputs, *saved(inputs, truth), gradients=case.gradients, **options)
+    bounds = testing.attention_bounds(inputs, truth)
+    eager = lambda: testing.run(testing.gate.reference.prefix_attn, inputs, case.gradients)  # noqa: E731
+    return testing.mismatches(got, {name: truth[name] for name in got}, bounds, eager)
 
 
 def problems(case: Case, **options) -> list[str]:

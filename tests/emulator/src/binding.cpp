@@ -99,4 +99,5 @@ PYBIND11_MODULE(_emulator, m) {
   bind_selftest(m);
   bind_clip_qk_layernorm(m);
   bind_prefix_attn_fwd(m);
+  bind_prefix_attn_bwd(m);
 }

@@ -10,5 +10,6 @@ void bind_selftest(pybind11::module_& m);
 // Launches of the package's kernels (kernels/).
 void bind_clip_qk_layernorm(pybind11::module_& m);
 void bind_prefix_attn_fwd(pybind11::module_& m);
+void bind_prefix_attn_bwd(pybind11::module_& m);
 
 }  // namespace internvl::emulator
