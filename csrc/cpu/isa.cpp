@@ -18,9 +18,20 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+bool has_avx512_bf16() {
+#if defined(INTERNVL_AVX512_ON_AVX2)
+  return has_avx2();
+#elif defined(INTERNVL_ISA_AVX512_BF16)  // only compilers that know the feature can ask for it
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
 #endif
 
 #if defined(INTERNVL_ISA_AVX2)
@@ -35,6 +46,12 @@ constexpr bool kAvx512Compiled = true;
 constexpr bool kAvx512Compiled = false;
 #endif
 
+#if defined(INTERNVL_ISA_AVX512_BF16)
+constexpr bool kAvx512Bf16Compiled = true;
+#else
+constexpr bool kAvx512Bf16Compiled = false;
+#endif
+
 bool runs(const IsaRow& row) { return row.compiled && row.supported(); }
 
 }  // namespace
@@ -43,6 +60,8 @@ const IsaRow kIsaTable[kIsaRows] = {
     {Isa::kBaseline, "baseline", "any processor", 4, true, always},
     {Isa::kAvx2, "avx2", "AVX2, FMA, F16C", 8, kAvx2Compiled, has_avx2},
     {Isa::kAvx512, "avx512", "AVX-512 F, BW, VL, DQ", 16, kAvx512Compiled, has_avx512},
+    {Isa::kAvx512Bf16, "avx512_bf16", "AVX-512 F, BW, VL, DQ, BF16", 16, kAvx512Bf16Compiled,
+     has_avx512_bf16},
 };
 
 const IsaRow* choose_isa(const char* wanted) {

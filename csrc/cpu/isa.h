@@ -3,7 +3,7 @@
 
 namespace internvl::cpu {
 
-enum class Isa : int { kBaseline, kAvx2, kAvx512 };
+enum class Isa : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 struct IsaRow {
   Isa isa;
@@ -14,7 +14,7 @@ struct IsaRow {
   bool (*supported)();
 };
 
-constexpr int kIsaRows = 3;
+constexpr int kIsaRows = 4;
 extern const IsaRow kIsaTable[kIsaRows];  // best last
 
 // The row to use when `wanted` (INTERNVL_CPU_ISA) is null or empty: the best that runs here.

@@ -30,6 +30,10 @@ const Kernels& kernels() {
     case Isa::kAvx512:
       return kAvx512Kernels;
 #endif
+#if defined(INTERNVL_ISA_AVX512_BF16)
+    case Isa::kAvx512Bf16:
+      return kAvx512Bf16Kernels;
+#endif
     default:
       return kBaselineKernels;
   }

@@ -30,6 +30,7 @@ struct Kernels {
 extern const Kernels kBaselineKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 
 // The kernels in use: INTERNVL_CPU_ISA, else the best row the processor runs. Chosen once, when the
 // library loads.

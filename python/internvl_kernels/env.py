@@ -15,7 +15,7 @@ from importlib import metadata
 
 VARIABLES = {
     "INTERNVL_BACKEND": "default backend of every call: cuda, triton, cpu or reference (default: the first that runs)",
-    "INTERNVL_CPU_ISA": "CPU kernels to use: baseline, avx2, avx512 (default: the best the processor has)",
+    "INTERNVL_CPU_ISA": "CPU kernels to use: baseline, avx2, avx512, avx512_bf16 (default: the best the processor has)",
     "INTERNVL_ALIBI_PRUNE": "0: also visit key tiles whose weight under ALiBi vanishes in rounding (default: 1)",
     "INTERNVL_CUDA": "build: 0 leaves the CUDA kernels out even when nvcc is found",
     "INTERNVL_HEAD_DIMS": "build: semicolon list of head dims compiled for CUDA (default: those of CMakeLists.txt)",
