@@ -12,6 +12,10 @@ from ..qllama import LlamaForCausalLM
 from .configuration_internvl import InternVLConfig
 from .lora import ALPHA, DROPOUT, QLLAMA_TARGETS, VISION_TARGETS, with_lora
 from .modeling_intern_vit import InternVisionModel, init_vision_weights
+from .pooling import AttentionPoolingBlock, AttentiveBlock, CrossAttention
+
+# the original's module holds the pooling block too
+__all__ = ["AttentionPoolingBlock", "AttentiveBlock", "CrossAttention", "InternVLModel", "InternVLPreTrainedModel"]
 
 
 class InternVLPreTrainedModel(CheckedLoading, PreTrainedModel):
