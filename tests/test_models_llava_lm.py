@@ -149,6 +149,27 @@ def test_images_in_a_later_turn_are_read_on_top_of_the_cache(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_later_turn_remembers_the_padding_of_the_first(kind, prefix):
+    """Two rows, the first padded on the left in turn one and on the right in turn two, which brings an image each."""
+    model, images = model_of(kind, mm_prefix=prefix), torch.rand(2, 3, 16, 16)
+    one = torch.tensor([[0, 0, 1, 5], [1, 7, 8, 9]])
+    two = torch.tensor([[IMG, 6, 0], [11, IMG, 12]])
+    mask = torch.cat([(one != 0).long(), (two != 0).long()], 1)
+
+    def last_row_turn(b, first, second, attention):
+        cache = DynamicCache()
+        model(input_ids=first, attention_mask=attention[:, : first.shape[1]], past_key_values=cache, use_cache=True)
+        return model(input_ids=second, images=images[b], past_key_values=cache, attention_mask=attention).logits
+
+    together = last_row_turn(slice(0, 2), one, two, mask)
+    for b, (first, second) in enumerate(((one[:1, 2:], two[:1, :2]), (one[1:], two[1:]))):
+        ones = torch.ones(1, first.shape[1] + second.shape[1], dtype=torch.long)
+        alone = last_row_turn(slice(b, b + 1), first, second, ones)
+        torch.testing.assert_close(together[b, : alone.shape[1]], alone[0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_tuples_of_pairs_are_read_and_left_alone(kind):
     model, ids = model_of(kind), torch.tensor([[1, 5, 6, 7]])
     filled = model(input_ids=ids[:, :3], use_cache=True).past_key_values
