@@ -80,7 +80,7 @@ def builds(keys: tuple[str, ...], reduced: bool) -> Iterator[Build]:
                 for switches in ("alibi",) if reduced else SWITCHES:
                     constants = {**dim, **blocks, "PACK": 8 if role == "decode" else 1, **SWITCHES[switches]}
                     constants["PRUNE"] = constants.get("PRUNE", False) and role != "decode"
-                    hot = switches != "general"
+                    hot = switches != "general" and dtype != torch.float32  # fp32 has no tensor cores to keep fed
                     name = f"{role} {switches}"
                     yield Build(name, kernel, dtype, constants, config.options, products=True, hot=hot)
             yield from _helpers(dtype, head_dim, keys)

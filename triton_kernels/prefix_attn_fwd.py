@@ -167,7 +167,7 @@ def prefix_attn_fwd_kernel(
         if ALIBI:
             hot &= one_sided(p_lo, p_hi, j_lo, j_lo + BLOCK_N)
         word, number = word_of((found != mask.TILE_EMPTY) & ~hot, lane)
-        for _ in tl.range(0, number):
+        for _ in tl.range(0, number, num_stages=1):  # few tiles: registers matter more
             j0 = (base + lowest(word)) * BLOCK_N
             word &= word - 1
             j = j0 + columns
