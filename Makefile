@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips at once would disturb each other; Ninja compiles in parallel
-.PHONY: help build test test-full test-transformers demo bench bench-full lint clean FORCE
+.PHONY: help build test test-full test-transformers demo bench bench-full lint cuda-report clean FORCE
 
 PYTHON ?= python3
 VENV   ?= $(or $(VIRTUAL_ENV),.venv)
@@ -26,6 +26,7 @@ help:
 	@echo "  make emulator   compile the CUDA kernels for the processor, as make test does"
 	@echo "  make bench      build, then measure against SDPA, eager, FlexAttention and the machine (about 12 minutes)"
 	@echo "  make bench-full every measurement                   (make bench-full ARGS='-k mpt-30b')"
+	@echo "  make cuda-report  registers, spills and hot loops of the compiled CUDA kernels; needs no GPU"
 	@echo "  make lint       formatting and code rules"
 	@echo "  make clean      remove everything that was built"
 	@echo
@@ -86,6 +87,9 @@ build: build/make/build.ninja
 	  { $(PY) .ci/environment.py link && echo "$(CURDIR)" > $(ENV)/.internvl-kernels/tree; }
 
 # The CUDA kernels on the CPU, for the tests.
+cuda-report: build
+	@$(PY) .ci/cuda_resources.py
+
 emulator: build/make/build.ninja
 	@cmake --build build/make --target _emulator
 

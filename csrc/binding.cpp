@@ -27,8 +27,12 @@ py::dict build_info() {
   info["compiler"] = config::kCompiler;
   info["build_type"] = config::kBuildType;
   info["cpu_isas"] = config::kCpuIsas;
-  info["cuda"] = false;  // no CUDA kernels in this version
+  info["cuda"] = config::kNvcc[0] != '\0';
   info["nvcc"] = config::kNvcc;
+  info["cuda_archs"] = config::kCudaArchs;
+  py::list head_dims;
+  for (int head_dim : config::kHeadDims) head_dims.append(head_dim);
+  info["cuda_head_dims"] = head_dims;
   info["max_head_dim"] = internvl::kMaxHeadDim;
   return info;
 }

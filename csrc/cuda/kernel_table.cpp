@@ -35,23 +35,23 @@ const AttnKernels kAttnKernels[] = {
 }  // namespace
 
 const AttnKernels* find_attn_kernels(const PrefixAttnParams& params, const DeviceInfo& device,
-                                     const char** reason) {
-  *reason = nullptr;
+                                     std::string* reason) {
   if (params.dtype == DType::kFloat32) {
-    *reason = "the CUDA kernels take bf16 and fp16, not fp32 (the Triton backend takes fp32)";
-    return nullptr;
-  }
-  if (device.compute_capability < kMinComputeCapability) {
-    *reason = "the CUDA kernels need compute capability 8.0 or newer";
+    *reason = "dtype Float; the CUDA kernels take BFloat16 and Half (backend='triton' takes Float)";
     return nullptr;
   }
   const AttnKernels* best = nullptr;
-  for (const AttnKernels& row : kAttnKernels)
-    if (row.dtype == params.dtype && row.head_dim >= params.head_dim &&
-        device.compute_capability >= row.min_compute_capability &&
-        (best == nullptr || row.head_dim < best->head_dim))
+  std::string head_dims;
+  for (const AttnKernels& row : kAttnKernels) {
+    if (row.dtype != params.dtype || device.compute_capability < row.min_compute_capability)
+      continue;
+    head_dims += (head_dims.empty() ? "" : ", ") + std::to_string(row.head_dim);
+    if (row.head_dim >= params.head_dim && (best == nullptr || row.head_dim < best->head_dim))
       best = &row;
-  if (best == nullptr) *reason = "head_dim is larger than every compiled one (INTERNVL_HEAD_DIMS)";
+  }
+  if (best == nullptr)
+    *reason = "head_dim is " + std::to_string(params.head_dim) + "; compiled: " + head_dims +
+              " (INTERNVL_HEAD_DIMS), each for itself and everything smaller";
   return best;
 }
 

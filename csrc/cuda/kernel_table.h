@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "common/params.h"
 #include "cuda/device_info.h"
@@ -29,6 +30,6 @@ struct AttnKernels {
 
 // The kernels for a call, or null; `reason` then says why.
 const AttnKernels* find_attn_kernels(const PrefixAttnParams& params, const DeviceInfo& device,
-                                     const char** reason);
+                                     std::string* reason);
 
 }  // namespace internvl::cuda

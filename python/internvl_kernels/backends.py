@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Backend:
     build: Callable[[], list[str]]
     call: Callable[[str, torch.dtype], list[str]]
     ops: dict[str, Callable]
+    dtypes: dict[str, tuple[torch.dtype, ...]] = field(default_factory=dict)  # of operators that take fewer than `call`
 
     def here(self) -> list[str]:
         """Reasons that hold on this machine whatever the inputs are; empty when it can run."""
@@ -33,6 +34,12 @@ class Backend:
     def reasons(self, tensor: Tensor) -> list[str]:
         """Why this backend cannot take ``tensor`` (q or qkv); empty when it can."""
         return self.build() + self.call(tensor.device.type, tensor.dtype)
+
+    def op_reasons(self, op: str, device: str, dtype: torch.dtype) -> list[str]:
+        """Why it cannot run ``op`` there with that dtype; empty when it can."""
+        taken = self.dtypes.get(op, (dtype,))
+        own = [] if dtype in taken else [f"{op} with {dtype}; this backend takes {', '.join(map(str, taken))}"]
+        return self.build() + self.call(device, dtype) + own
 
 
 def _library() -> list[str]:
@@ -49,6 +56,10 @@ def _cuda() -> list[str]:
         reasons.append("this build holds no CUDA kernels")
     if not torch.cuda.is_available():
         reasons.append("no CUDA device")
+    found = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    if found and max(found) < (8, 0):
+        versions = ", ".join(f"{major}.{minor}" for major, minor in found)
+        reasons.append(f"the devices have compute capability {versions}; needed: 8.0 or newer")
     return reasons
 
 
@@ -102,7 +113,14 @@ _TRITON_OPERATORS = {"prefix_attn": _triton_prefix_attn, "clip_qk_layernorm": _t
 BACKENDS = {
     b.name: b
     for b in (
-        Backend("cuda", "compute capability >= 8.0", _cuda, _on("cuda"), _OPERATORS),
+        Backend(
+            "cuda",
+            "compute capability >= 8.0",
+            _cuda,
+            _on("cuda"),
+            _OPERATORS,
+            {"prefix_attn": (torch.bfloat16, torch.float16)},
+        ),
         Backend("triton", "GPUs that Triton supports", _triton, _triton_call, _TRITON_OPERATORS),
         Backend("cpu", "any processor", _cpu, _on("cpu"), _OPERATORS),
         Backend(
@@ -134,7 +152,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, requested: str | None) -> 
         if requested not in BACKENDS:
             raise ValueError(f"backend is {requested!r}; allowed: {', '.join(map(repr, BACKENDS))}")
         backend = BACKENDS[requested]
-        reasons = backend.build() + backend.call(device, dtype)
+        reasons = backend.op_reasons(op, device, dtype)
         if reasons:
             raise NotImplementedError(f"{op}: backend {requested!r} cannot run: {'; '.join(reasons)}")
         return backend.ops[op]
@@ -142,7 +160,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, requested: str | None) -> 
     for backend in BACKENDS.values():
         if backend.name == "reference" or (backend.name == "triton" and device == "cpu" and _interpreted()):
             continue  # dense memory, and the interpreter: only on request
-        reasons = backend.build() + backend.call(device, dtype)
+        reasons = backend.op_reasons(op, device, dtype)
         if not reasons:
             return backend.ops[op]
         refusals.append(f"{backend.name}: {'; '.join(reasons)}")

@@ -9,7 +9,7 @@ namespace internvl::emulator {
 namespace {
 
 const cuda::AttnKernels& kernels_of(const PrefixAttnParams& params, const DeviceInfo& device) {
-  const char* reason = nullptr;
+  std::string reason;
   const cuda::AttnKernels* row = cuda::find_attn_kernels(params, device, &reason);
   if (!row) throw std::invalid_argument(reason);
   return *row;

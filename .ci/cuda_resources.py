@@ -1,0 +1,112 @@
+"""Registers, spills, stack and shared memory of every kernel in the built library, and what its hot loop is made of.
+
+usage: python .ci/cuda_resources.py [LIBRARY]        (make cuda-report)
+
+Reads the machine code with cuobjdump, which the Triton wheel brings; no GPU, no driver. Fails when a main attention
+kernel has spills or a stack frame, or when the code of an architecture is missing.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = re.compile(r"prefix_attn_(fwd|bwd_kv|bwd_q)_kernel")
+ARCHITECTURES = {"sm_80", "sm_90"}
+COUNTED = ("HMMA", "LDSM", "MUFU", "FFMA", "FMNMX", "FADD", "FMUL", "LDGSTS", "BAR")
+
+
+def cuobjdump():
+    """Path of the tool: the Triton wheel's, else the one on the path."""
+    spec = find_spec("triton")
+    bundled = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec else None
+    path = str(bundled) if bundled and bundled.exists() else shutil.which("cuobjdump")
+    return path or sys.exit("cuobjdump is missing: pip install triton, or put the CUDA toolkit on the path")
+
+
+def run(*arguments):
+    return subprocess.run([cuobjdump(), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def short(name):
+    """What a profiler shows, without the noise: kernel, dtype and head dim."""
+    demangled = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip() or name
+    kernel = re.search(r"(\w+_kernel)\b", demangled)
+    detail = re.search(r"(Bf16|Fp16)(?:, (?:\(int\))?(\d+))?", demangled)
+    return " ".join([kernel.group(1) if kernel else demangled] + [d for d in (detail.groups() if detail else ()) if d])
+
+
+def resources(library):
+    """(architecture, kernel, registers, stack bytes, static shared bytes) of every kernel."""
+    rows, arch = [], "?"
+    for line in run("-res-usage", library).splitlines():
+        if found := re.search(r"arch = (sm_\w+)|\.(sm_\d+a?)\.", line):
+            arch = found.group(1) or found.group(2)
+        if found := re.search(r"Function (\S+):", line):
+            name = found.group(1)
+        if found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, found.groups())
+            rows.append((arch, name, registers, stack + local, shared))
+    return rows
+
+
+def machine_code(library):
+    """Per (architecture, kernel): instructions as (address, text)."""
+    code, key, arch = {}, None, "?"
+    for line in run("-sass", library).splitlines():
+        if found := re.search(r"arch = (sm_\w+)", line):
+            arch = found.group(1)
+        elif found := re.search(r"Function : (\S+)", line):
+            key = (arch, found.group(1))
+            code[key] = []
+        elif key and (found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(.+?);", line)):
+            code[key].append((int(found.group(1), 16), found.group(2)))
+    return code
+
+
+def hot_loop(instructions):
+    """Instruction counts of the smallest loop that holds a quarter of the kernel's tensor-core instructions."""
+    total = sum("HMMA" in text for _, text in instructions)
+    best = None
+    for end, text in instructions:
+        found = re.search(r"\bBRA (?:\S+, )?0x([0-9a-f]+)", text)
+        if not found or int(found.group(1), 16) >= end:
+            continue
+        body = [t for a, t in instructions if int(found.group(1), 16) <= a <= end]
+        if 4 * sum("HMMA" in t for t in body) >= total > 0 and (best is None or len(body) < len(best)):
+            best = body
+    if best is None:
+        return None, 0
+    opcodes = (re.sub(r"^@!?U?P\d+ ", "", text).split()[0].split(".")[0] for text in best)
+    return Counter(opcodes), len(best)
+
+
+def main():
+    library = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "python/internvl_kernels/_ops.so")
+    if not Path(library).exists():
+        sys.exit(f"{library} is missing: make build")
+    if "Fatbin" not in run("--list-elf", library) and ".cubin" not in run("--list-elf", library):
+        print(f"{library} holds no CUDA kernels (built without nvcc): nothing to report")
+        return
+    code, failures = machine_code(library), []
+    print(f"{'arch':<6} {'kernel':<44} {'regs':>4} {'stack':>5} {'spill':>5} {'instr':>6}   hot loop")
+    for arch, name, registers, stack, _ in sorted(resources(library), key=lambda row: (row[0], short(row[1]))):
+        instructions = code.get((arch, name), [])
+        spills = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for _, text in instructions)
+        mix, length = hot_loop(instructions)
+        loop = "" if mix is None else f"{length}: " + " ".join(f"{op} {mix[op]}" for op in COUNTED if mix[op])
+        print(f"{arch:<6} {short(name):<44} {registers:>4} {stack:>5} {spills:>5} {len(instructions):>6}   {loop}")
+        if MAIN.search(name) and (spills or stack):
+            failures.append(f"{short(name)} on {arch}: {spills} spill instructions, {stack} bytes of stack")
+    missing = ARCHITECTURES - {arch for arch, _ in code}
+    failures += [f"no machine code for {arch}" for arch in sorted(missing)]
+    if failures:
+        sys.exit("\n".join(["cuda_resources: main attention kernels must not spill", *failures]))
+
+
+if __name__ == "__main__":
+    main()
