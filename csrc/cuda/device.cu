@@ -56,11 +56,16 @@ Answer ask(int index) {
 
 }  // namespace
 
-LaunchStatus find_device(int index, DeviceInfo* device) {
+LaunchStatus use_device(int index, DeviceInfo* device) {
   static std::mutex mutex;
   static std::vector<Answer> answers;
-  const std::lock_guard<std::mutex> lock(mutex);
   if (index < 0) return {"the CUDA kernels got a tensor without a device index"};
+  const cudaError_t error = cudaSetDevice(index);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return refusal(error);
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
   if (answers.size() <= static_cast<size_t>(index)) answers.resize(index + 1);
   if (!answers[index].asked) answers[index] = ask(index);
   *device = answers[index].device;

@@ -6,8 +6,9 @@
 
 namespace internvl::cuda {
 
-// Of device `index`, asked once per process. An error names what is wrong: no device, a driver that
-// is older than the runtime, a compute capability below 8.0.
-LaunchStatus find_device(int index, DeviceInfo* device);
+// Makes device `index` current for this library's own copy of the runtime, and describes it; it is
+// asked once per process. An error names what is wrong: no device, a driver that is older than the
+// runtime, a compute capability below 8.0.
+LaunchStatus use_device(int index, DeviceInfo* device);
 
 }  // namespace internvl::cuda

@@ -40,7 +40,7 @@ inline void* current_stream(int device) {
 class Call {
  public:
   explicit Call(const Tensor& like) : like_(like), index_(like.get_device_index()), guard_(index_) {
-    raise(find_device(index_, &device_));
+    raise(use_device(index_, &device_));
     stream_ = current_stream(index_);
   }
 

@@ -18,7 +18,7 @@ PrefixAttnGrads grads_of(const Arguments& at) {
 }
 
 const cuda::AttnKernels& kernels_of(const PrefixAttnParams& params, const DeviceInfo& device) {
-  const char* reason = nullptr;
+  std::string reason;
   const cuda::AttnKernels* row = cuda::find_attn_kernels(params, device, &reason);
   if (!row) throw py::value_error(reason);
   return *row;
