@@ -1,6 +1,6 @@
 """Mirror of ``semantics.py``: same names, argument order and integer arithmetic, on scalars and vectors.
 
-``tests/test_triton_mask.py`` holds it to the specification exhaustively; the causal comparison is written in no
+``tests/interpreter/test_mask.py`` holds it to the specification exhaustively; the causal comparison is written in no
 other Triton file. Python's ``min``, ``max`` and ``if`` become elementwise, so a whole vector of tiles is classified
 at once.
 """

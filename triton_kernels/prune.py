@@ -1,6 +1,6 @@
 """Mirror of ``csrc/common/prune.h``, which states the rule: the key tiles that no row of a query tile needs to read.
 
-``tests/test_triton_mask.py`` compares the two.
+``tests/interpreter/test_mask.py`` compares the two.
 """
 
 import triton

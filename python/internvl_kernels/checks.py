@@ -1,7 +1,7 @@
 """Argument checks in Python: what fake kernels can know while tracing, and all of it for operators without C++.
 
 ``csrc/common/check.cpp`` checks the compiled operators. The full checks here raise the same sentences;
-``tests/test_triton_errors.py`` compares them word for word. Values inside device tensors are never read.
+``tests/interpreter/test_operators.py`` compares them word for word. Values inside device tensors are never read.
 """
 
 from __future__ import annotations

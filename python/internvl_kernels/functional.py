@@ -53,7 +53,7 @@ def prefix_attention(
         included, -inf on rows without a visible key (their out and gradients are 0). Both differentiable.
     Raises: ValueError (shape, dtype, device, value); NotImplementedError (no backend, with each reason).
     Numerics: fp32 accumulation; error <= 2x eager attention in the same dtype.
-    Backends: cpu, reference (cuda and triton: see ``python -m internvl_kernels.env``).
+    Backends: triton, cpu, reference (cuda: see ``python -m internvl_kernels.env``).
     Source: Dao 2023 (tiling), Press et al. 2022 (ALiBi), MPT (mask, slopes).
     """
     if isinstance(prefix_len, int):
@@ -109,7 +109,7 @@ def clip_qk_layernorm(
     Returns: q [..., q_width], k [..., k_width], v [..., k_width] in qkv's dtype, contiguous.
     Raises: ValueError (shape, dtype, device, value); NotImplementedError (no backend, with each reason).
     Numerics: fp32 statistics (two passes over the row in cache), one rounding at the end.
-    Backends: cpu, reference.
+    Backends: triton, cpu, reference.
     Source: MPT attention (clip_qkv, qk_ln), Ba et al. 2016.
     """
     run = backends.select("clip_qk_layernorm", qkv, backend)
