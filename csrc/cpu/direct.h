@@ -10,6 +10,17 @@ namespace {
 
 constexpr int64_t kDirectRows = 4;
 
+// Rows of one head often stand a page apart ([batch, seqlen, heads, head_dim]), where the processor
+// prefetches nothing by itself.
+template <DType kType, class Row>
+INTERNVL_INLINE void prefetch_rows(const Row& row, int64_t j, int64_t count, int64_t keys,
+                                   int64_t width) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(typename Element<kType>::type));
+  for (int64_t i = j; i < j + count && i < keys; ++i)
+    if (const auto* next = row(i))
+      for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(next + d);
+}
+
 // s[r][j] = <q[r], row(j)> for j < round_up(keys, kLanes); q is fp32 [rows][ldq], zero keys where
 // row(j) is null. kLanes keys at a time: their dot products sit in kLanes accumulators that one
 // transposition turns into a vector.
@@ -18,6 +29,7 @@ INTERNVL_INLINE void direct_scores(int64_t rows, int64_t keys, int64_t width, co
                                    int64_t ldq, const Row& row, float* s, int64_t lds) {
   const int64_t whole = width / kLanes * kLanes;
   for (int64_t j = 0; j < keys; j += kLanes) {
+    prefetch_rows<kType>(row, j + 2 * kLanes, kLanes, keys, width);
     const typename Element<kType>::type* k[kLanes];
     for (int i = 0; i < kLanes; ++i) k[i] = j + i < keys ? row(j + i) : nullptr;
     bool all = true;
@@ -58,6 +70,7 @@ INTERNVL_INLINE void direct_values(int64_t rows, int64_t keys, int64_t width, in
   const int64_t whole = width / kLanes * kLanes;
   int64_t j = 0;
   for (; j + 4 <= keys; j += 4) {
+    prefetch_rows<kType>(row, j + 16, 4, keys, width);
     const typename Element<kType>::type* v[4] = {row(j), row(j + 1), row(j + 2), row(j + 3)};
     const bool all = v[0] && v[1] && v[2] && v[3];
     for (int64_t r = 0; r < rows; ++r) {
