@@ -37,8 +37,7 @@ struct BwdKvShared {
 
 // A query tile on its way.
 struct RowTile {
-  int64_t tile, head;
-  bool partial;
+  int32_t tile, head;
 };
 
 template <class Traits>
@@ -71,15 +70,15 @@ class BwdKv {
     TileList<kThreads> list(shared_ + offsetof(Shared, list), args_.row_tiles * args_.group);
     const auto classify_item = [&](int64_t item) { return classify(item); };
     bool more = list.next(classify_item);
-    if (more) load_rows(row_tile(list), 0);
+    if (more) load_rows(row_tile(list.item), 0);
     ptx::cp_async_commit_group();
     for (int stage = 0; more; stage ^= 1) {
-      const RowTile now = row_tile(list);
+      const uint32_t now = static_cast<uint32_t>(list.item) * 2 + (list.partial ? 1 : 0);
       ptx::cp_async_wait_group<0>();
       // Everybody's copies have arrived, and nobody reads the other stage any more.
       if (ptx::sync_threads_or(any_row_without_gradient(stage))) clear_rows(stage);
       more = list.next(classify_item);
-      if (more) load_rows(row_tile(list), stage ^ 1);
+      if (more) load_rows(row_tile(list.item), stage ^ 1);
       ptx::cp_async_commit_group();
       accumulate(now, stage);
     }
@@ -93,10 +92,10 @@ class BwdKv {
     return tile::key_mask(args_.params, args_.keys, args_.key_tiles, place_.b);
   }
 
-  INTERNVL_PTX_FN RowTile row_tile(const TileList<kThreads>& list) const {
+  INTERNVL_PTX_FN RowTile row_tile(uint32_t item) const {
     const auto tiles = static_cast<uint32_t>(args_.row_tiles);
-    const auto item = static_cast<uint32_t>(list.item);
-    return {item % tiles, place_.h * args_.group + item / tiles, list.partial};
+    return {static_cast<int32_t>(item % tiles),
+            static_cast<int32_t>(place_.h * args_.group + item / tiles)};
   }
 
   // K and V of the block; keys that no query sees stay zero.
@@ -113,7 +112,7 @@ class BwdKv {
 
   INTERNVL_PTX_FN void load_rows(const RowTile& rows, int stage) {
     const tile::TileCopy<kHeadDim, kBlockM, kThreads> copy(static_cast<int>(threadIdx.x));
-    const int64_t first = rows.tile * kBlockM;
+    const int64_t first = int64_t{rows.tile} * kBlockM;
     const int64_t count = args_.params.seqlen_q - first;
     const int head_dim = static_cast<int>(args_.params.head_dim);
     const auto keep = [&](int row) { return row < count; };
@@ -144,7 +143,8 @@ class BwdKv {
   // Rows without a visible key carry no gradient, whatever stands in them: 0 * NaN must not arise.
   INTERNVL_PTX_FN void clear_rows(int stage) {
     const uint32_t tile = stage * kTileBytes;
-    for (int n = static_cast<int>(threadIdx.x); n < kBlockM * Layout::kChunks; n += kThreads) {
+    INTERNVL_NO_UNROLL  // seldom: no registers for it through the main loop
+        for (int n = static_cast<int>(threadIdx.x); n < kBlockM * Layout::kChunks; n += kThreads) {
       const int row = n / Layout::kChunks;
       if (lse_at(stage, row) != INFINITY) continue;
       const uint32_t at = tile + Layout::offset(row, n % Layout::kChunks);
@@ -193,19 +193,24 @@ class BwdKv {
     return merged_summary<Traits::kKeyParts>(own, place_.tile * Traits::kKeyParts, args_.key_tiles);
   }
 
-  INTERNVL_PTX_FN void accumulate(const RowTile& rows, int stage) {
+  // `now`: twice the item, plus 1 if it needs the mask; one register through the products.
+  INTERNVL_PTX_FN void accumulate(uint32_t now, int stage) {
     const uint32_t sQ = shared_ + offsetof(Shared, q) + stage * kTileBytes;
     const uint32_t sGrad = shared_ + offsetof(Shared, grad) + stage * kTileBytes;
     const uint32_t own = first_key_ * kPitch + Layout::a(lane_);
     INTERNVL_NO_UNROLL  // the addresses of one step at a time: registers are short
         for (int step = 0; step < kBlockM; step += kStep * kSplit) {
       const int first = step + split_ * kStep;  // of this warp's queries in the tile
+      // Before the scores exist: the mask's registers are free again by then.
+      const uint32_t hidden =
+          now % 2 != 0 ? hidden_scores(int64_t{row_tile(now / 2).tile} * kBlockM + first) : 0;
       float s[kM][2 * kStepTiles][4] = {}, dp[kM][2 * kStepTiles][4] = {};
       const uint32_t theirs = first * kPitch + Layout::b(lane_);
       multiply_rows<Traits, kM, kStepTiles>(s, shared_ + offsetof(Shared, k) + own, sQ + theirs);
       multiply_rows<Traits, kM, kStepTiles>(dp, shared_ + offsetof(Shared, v) + own,
                                             sGrad + theirs);
-      score_grads(s, dp, rows, stage, first);
+      score_grads(s, dp, now / 2, stage, first);
+      if (hidden != 0) clear_hidden(s, dp, hidden);
       uint32_t p[kM][kStepTiles][4], ds[kM][kStepTiles][4];
       INTERNVL_UNROLL
       for (int m = 0; m < kM; ++m) INTERNVL_UNROLL
@@ -249,32 +254,26 @@ class BwdKv {
 
   // s, dp [keys, queries] become P and dS.
   INTERNVL_PTX_FN void score_grads(float (&s)[kM][2 * kStepTiles][4],
-                                   float (&dp)[kM][2 * kStepTiles][4], const RowTile& rows,
-                                   int stage, int first) const {
-    const ScoreGrad grad{args_.scale_log2, slope_log2(rows)};
-    if (args_.params.alibi_slopes)
-      apply<true>(s, dp, grad, rows, stage, first);
-    else
-      apply<false>(s, dp, grad, rows, stage, first);
-    if (rows.partial) apply_mask(s, dp, rows.tile * kBlockM + first);
-  }
-
-  INTERNVL_PTX_FN float slope_log2(const RowTile& rows) const {
-    return args_.params.alibi_slopes
-               ? ptx::ld_global_nc(args_.params.alibi_slopes + rows.head) * tile::kLog2e
-               : 0.0f;
+                                   float (&dp)[kM][2 * kStepTiles][4], uint32_t item, int stage,
+                                   int first) const {
+    if (args_.params.alibi_slopes) {
+      const RowTile rows = row_tile(item);
+      const float slope = ptx::ld_global_nc(args_.params.alibi_slopes + rows.head);
+      apply<true>(s, dp, {args_.scale_log2, slope * tile::kLog2e}, rows.tile, stage, first);
+    } else {
+      apply<false>(s, dp, {args_.scale_log2, 0.0f}, 0, stage, first);
+    }
   }
 
   template <bool kAlibi>
   INTERNVL_PTX_FN void apply(float (&s)[kM][2 * kStepTiles][4], float (&dp)[kM][2 * kStepTiles][4],
-                             const ScoreGrad& grad, const RowTile& rows, int stage,
-                             int first) const {
+                             const ScoreGrad& grad, int64_t row_tile, int stage, int first) const {
     float distance = 0.0f;  // of the lane's first query from its first key
     if (kAlibi) {
       const int64_t p = args_.params.query_start
                             ? int64_t{ptx::ld_global_nc(args_.params.query_start + place_.b)}
                             : args_.params.seqlen_k - args_.params.seqlen_q;
-      distance = static_cast<float>(p + rows.tile * kBlockM + first + lane_ % 4 * 2 - j_lo_ -
+      distance = static_cast<float>(p + row_tile * kBlockM + first + lane_ % 4 * 2 - j_lo_ -
                                     first_key_ - lane_ / 4);
     }
     const uint32_t at = (stage * kBlockM + first + lane_ % 4 * 2) * 4;
@@ -293,14 +292,17 @@ class BwdKv {
     }
   }
 
-  INTERNVL_PTX_FN void apply_mask(float (&s)[kM][2 * kStepTiles][4],
-                                  float (&dp)[kM][2 * kStepTiles][4], int64_t first_row) const {
+  // Bit (m * 2 kStepTiles + n) * 4 + i: score i of tile (m, n) is not visible. `first_row` is the
+  // first query of the step.
+  INTERNVL_PTX_FN uint32_t hidden_scores(int64_t first_row) const {
+    static_assert(kM * 2 * kStepTiles * 4 <= 32, "a bit per score of a lane");
     const tile::KeyMask own = mask();
     MaskedKey keys[kM][2];
     INTERNVL_UNROLL
     for (int m = 0; m < kM; ++m) INTERNVL_UNROLL
     for (int half = 0; half < 2; ++half)
       keys[m][half] = masked_key(own, j_lo_ + first_key_ + m * 16 + half * 8 + lane_ / 4);
+    uint32_t hidden = 0;
     INTERNVL_UNROLL
     for (int n = 0; n < 2 * kStepTiles; ++n) INTERNVL_UNROLL
     for (int e = 0; e < 2; ++e) {
@@ -308,8 +310,19 @@ class BwdKv {
       INTERNVL_UNROLL
       for (int m = 0; m < kM; ++m) INTERNVL_UNROLL
       for (int half = 0; half < 2; ++half)
-        if (!sees(own, query, keys[m][half])) s[m][n][half * 2 + e] = dp[m][n][half * 2 + e] = 0.0f;
+        if (!sees(own, query, keys[m][half]))
+          hidden |= 1u << ((m * 2 * kStepTiles + n) * 4 + half * 2 + e);
     }
+    return hidden;
+  }
+
+  INTERNVL_PTX_FN static void clear_hidden(float (&s)[kM][2 * kStepTiles][4],
+                                           float (&dp)[kM][2 * kStepTiles][4], uint32_t hidden) {
+    INTERNVL_UNROLL
+    for (int m = 0; m < kM; ++m) INTERNVL_UNROLL
+    for (int n = 0; n < 2 * kStepTiles; ++n) INTERNVL_UNROLL
+    for (int i = 0; i < 4; ++i)
+      if (hidden >> ((m * 2 * kStepTiles + n) * 4 + i) & 1) s[m][n][i] = dp[m][n][i] = 0.0f;
   }
 
   // Fragments of all warps: [turn][warp][P, dS of (m, n)][lane].

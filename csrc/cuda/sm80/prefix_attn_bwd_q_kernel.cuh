@@ -49,8 +49,8 @@ class BwdQ {
         first_row_(warp_ / kSplit * 16 * kM) {
     const int64_t tiles = (args.params.seqlen_q + kRows - 1) / kRows;
     place_ = block_place(tiles, args.params.batch, args.params.heads_q, args.section_q);
-    place_.tile = tiles - 1 - place_.tile;
-    head_kv_ = place_.h / args.group;
+    place_.tile = static_cast<int32_t>(tiles) - 1 - place_.tile;
+    head_kv_ = static_cast<int32_t>(place_.h / args.group);
   }
 
   INTERNVL_PTX_FN void run() {
@@ -61,7 +61,7 @@ class BwdQ {
     if (more) load_keys(list.item, 0);
     ptx::cp_async_commit_group();
     for (int stage = 0; more; stage ^= 1) {
-      const int64_t tile = list.item;
+      const int32_t tile = list.item;
       const bool partial = list.partial;
       ptx::cp_async_wait_group<0>();
       ptx::sync_threads();  // everybody's copies are there; nobody reads the other stage any more
@@ -87,7 +87,7 @@ class BwdQ {
   // Q and dO, and the lane's lse and delta.
   INTERNVL_PTX_FN void load_rows() {
     const tile::TileCopy<kHeadDim, kRows, kThreads> copy(static_cast<int>(threadIdx.x));
-    const int64_t first = place_.tile * kRows;
+    const int64_t first = int64_t{place_.tile} * kRows;
     const int64_t count = args_.params.seqlen_q - first;
     const int head_dim = static_cast<int>(args_.params.head_dim);
     const auto keep = [&](int row) { return row < count; };
@@ -145,7 +145,7 @@ class BwdQ {
     return tile::classify_padded(own, rows, static_cast<int>(tile), kKeys);
   }
 
-  INTERNVL_PTX_FN void accumulate(int64_t tile, bool partial, int stage) {
+  INTERNVL_PTX_FN void accumulate(int32_t tile, bool partial, int stage) {
     const uint32_t sK = shared_ + offsetof(Shared, k) + stage * kTileBytes;
     const uint32_t sV = shared_ + offsetof(Shared, v) + stage * kTileBytes;
     const uint32_t own = first_row_ * kPitch + Layout::a(lane_);
@@ -157,7 +157,7 @@ class BwdQ {
       multiply_rows<Traits, kM, kStepTiles>(s, shared_ + offsetof(Shared, q) + own, sK + theirs);
       multiply_rows<Traits, kM, kStepTiles>(dp, shared_ + offsetof(Shared, grad) + own,
                                             sV + theirs);
-      const int64_t j = tile * kKeys + first;
+      const int64_t j = int64_t{tile} * kKeys + first;
       if (args_.params.alibi_slopes)
         apply<true>(s, dp, partial, j);
       else
@@ -180,7 +180,7 @@ class BwdQ {
     const ScoreGrad grad{
         args_.scale_log2,
         kAlibi ? ptx::ld_global_nc(args_.params.alibi_slopes + place_.h) * tile::kLog2e : 0.0f};
-    const int64_t row = place_.tile * kRows + first_row_ + lane_ / 4;
+    const int64_t row = int64_t{place_.tile} * kRows + first_row_ + lane_ / 4;
     const int64_t column = j + lane_ % 4 * 2;
     float distance = 0.0f;  // of the lane's first row from its first key
     if (kAlibi) {
@@ -256,7 +256,7 @@ class BwdQ {
       stage_rows<Traits>(dq_, args_.params.softmax_scale, shared_ + offsetof(Shared, q), first_row_,
                          0);
     ptx::sync_threads();
-    const int64_t first = place_.tile * kRows;
+    const int64_t first = int64_t{place_.tile} * kRows;
     store_rows<Traits, kRows, kThreads>(
         shared_ + offsetof(Shared, q), tile::rows_of(args_.grads.dq, place_.b, place_.h, first),
         args_.params.seqlen_q - first, static_cast<int>(args_.params.head_dim), args_.aligned_dq);
@@ -282,7 +282,7 @@ class BwdQ {
   uint32_t shared_;
   int lane_, warp_, split_, first_row_;
   BlockPlace place_;
-  int64_t head_kv_;
+  int32_t head_kv_;
   float lse_[kM][2], delta_[kM][2];
   float slope_sum_ = 0.0f;
   float dq_[kM][kHeadDim / 8][4] = {};

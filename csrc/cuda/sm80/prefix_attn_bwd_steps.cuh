@@ -37,15 +37,16 @@ class TileList {
     uint32_t visit[kWords], partial[kWords];
   };
 
-  INTERNVL_PTX_FN TileList(uint32_t shared, int64_t count) : shared_(shared), count_(count) {}
+  INTERNVL_PTX_FN TileList(uint32_t shared, int64_t count)
+      : shared_(shared), count_(static_cast<int32_t>(count)) {}
 
   // The next item, or false when there is none. classify(item) gives its class.
   template <class Classify>
   INTERNVL_PTX_FN bool next(Classify classify) {
     while (visit_ == 0) {
       if (++word_ >= kWords) {
+        if (base_ >= count_ - kThreads) return false;  // no sum beyond 31 bits
         base_ += kThreads;
-        if (base_ >= count_) return false;
         fill(classify);
         word_ = 0;
       }
@@ -59,13 +60,13 @@ class TileList {
     return true;
   }
 
-  int64_t item = 0;
+  int32_t item = 0;
   bool partial = false;
 
  private:
   template <class Classify>
   INTERNVL_PTX_FN void fill(Classify classify) {
-    const int64_t own = base_ + threadIdx.x;
+    const int64_t own = int64_t{base_} + threadIdx.x;
     const TileClass tile_class = own < count_ ? classify(own) : kTileEmpty;
     const uint32_t visit = warp_bits(tile_class != kTileEmpty);
     const uint32_t partial_bits = warp_bits(tile_class == kTilePartial);
@@ -78,7 +79,7 @@ class TileList {
   }
 
   uint32_t shared_;
-  int64_t count_, base_ = -kThreads;
+  int32_t count_, base_ = -kThreads;
   int word_ = kWords;
   uint32_t visit_ = 0, partial_ = 0;
 };

@@ -33,7 +33,7 @@ struct BwdTiles<96> {
 
 template <>
 struct BwdTiles<128> {
-  static constexpr int kBlockM = 64, kBlockN = 128, kRowTiles = 1, kSplit = 1, kStep = 32;
+  static constexpr int kBlockM = 64, kBlockN = 128, kRowTiles = 1, kSplit = 1, kStep = 16;
   static constexpr int kBlockRows = 128, kBlockKeys = 64, kQRowTiles = 2, kQSplit = 2, kQStep = 16;
 };
 
@@ -90,7 +90,7 @@ struct BwdArgs {
 };
 
 struct BlockPlace {
-  int64_t tile, b, h;
+  int32_t tile, b, h;  // kept through the loops: 32 bits spare registers
 };
 
 // Which (tile, head) a block works on. Tiles come in the given order within a section of heads, so
@@ -103,7 +103,8 @@ INTERNVL_PTX_FN BlockPlace block_place(int64_t tiles, int64_t batch, int64_t hea
   const int64_t here = smaller(section, pairs - first);
   const int64_t rest = index - first * tiles;
   const int64_t pair = first + rest % here;
-  return {rest / here, pair / heads, pair % heads};
+  return {static_cast<int32_t>(rest / here), static_cast<int32_t>(pair / heads),
+          static_cast<int32_t>(pair % heads)};
 }
 
 // Query rows [first, first + rows) as the mask sees them; rows beyond seqlen_q do not count.
