@@ -9,14 +9,6 @@ namespace internvl::cuda {
 namespace {
 
 constexpr int kMinTilesToPrune = 8;  // below, reading the keys for their norms costs more
-constexpr int kZeroThreads = 256;
-
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    zero_counters_kernel(uint32_t* counters, int64_t count) {
-  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (index < count) ptx::st_global(counters + index, uint32_t{0});
-}
 
 ptx::LaunchConfig config_of(const char* name, int64_t blocks, int threads, int shared_bytes,
                             void* stream) {
@@ -121,13 +113,6 @@ LaunchStatus run_prepass(Workspace& workspace, const PrefixAttnParams& params, i
                      config_of("key_norms", tiles * params.heads_kv, tile::kNormThreads,
                                tile::kNormThreads / 32 * 4, stream),
                      plan);
-}
-
-LaunchStatus zero_counters(uint32_t* counters, int64_t count, void* stream) {
-  return ptx::launch(zero_counters_kernel<kZeroThreads>,
-                     config_of("zero_counters", (count + kZeroThreads - 1) / kZeroThreads,
-                               kZeroThreads, 0, stream),
-                     counters, count);
 }
 
 }  // namespace internvl::cuda

@@ -64,7 +64,4 @@ bool too_many_tiles(const PrefixAttnParams& params, int block_n);
 LaunchStatus run_prepass(Workspace& workspace, const PrefixAttnParams& params, int block_n,
                          bool prune, void* stream, Prepass* result);
 
-// Zeroes `count` counters.
-LaunchStatus zero_counters(uint32_t* counters, int64_t count, void* stream);
-
 }  // namespace internvl::cuda
