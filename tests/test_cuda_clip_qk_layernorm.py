@@ -186,6 +186,13 @@ def test_nan_passes_the_clip():
     assert call.backward(results["statistics"])["grad_qkv"][1, 3] == 0
 
 
+def test_statistics_at_an_odd_address():
+    call = Call(5, 64, 16, torch.bfloat16)
+    results = call.forward()
+    moved = torch.empty(21)[1:].view(5, 4).copy_(results["statistics"])
+    call.check(results | call.backward(moved))
+
+
 def test_constant_rows():
     call = Call(4, 64, 64, torch.float32)
     call.qkv[2] = 3.0

@@ -168,9 +168,8 @@ INTERNVL_PTX_FN void norm_rows_backward(const ClipQkLayernormParams& params,
   for (int64_t r = worker; r < params.rows; r += workers, stage ^= 1) {
     if (r + workers < params.rows) rows.fetch(r + workers, stage ^ 1);
     ptx::cp_async_commit_group();
-    const ptx::F32x2 statistics =
-        ptx::ld_global_nc(reinterpret_cast<const ptx::F32x2*>(part.statistics + 4 * r));
-    const float mean = statistics.x, inverse_std = statistics.y;
+    const float mean = ptx::ld_global_nc(part.statistics + 4 * r);  // of any float's address
+    const float inverse_std = ptx::ld_global_nc(part.statistics + 4 * r + 1);
     ptx::cp_async_wait_group<1>();
     float total = 0.0f, dot = 0.0f;
     INTERNVL_UNROLL
@@ -233,9 +232,8 @@ INTERNVL_PTX_FN void long_rows_backward(const ClipQkLayernormParams& params,
     load_parameters<T>(w, part.weight, params.parameter_dtype, d, part.width, aligned);
   };
   for (int64_t r = worker; r < params.rows; r += workers) {
-    const ptx::F32x2 statistics =
-        ptx::ld_global_nc(reinterpret_cast<const ptx::F32x2*>(part.statistics + 4 * r));
-    const float mean = statistics.x, inverse_std = statistics.y;
+    const float mean = ptx::ld_global_nc(part.statistics + 4 * r);  // of any float's address
+    const float inverse_std = ptx::ld_global_nc(part.statistics + 4 * r + 1);
     float total = 0.0f, dot = 0.0f;
     for (int64_t d = first; d < part.width; d += span) {
       float x[kElements], dy[kElements], w[kElements];
