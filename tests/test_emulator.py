@@ -1,5 +1,8 @@
 """The emulator itself: instructions against the PTX documentation, and every detector on a kernel that is wrong."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from emulator import EmulatorError, Session
@@ -19,6 +22,21 @@ def launch(name, *, seed=0, **options):
     error = machine.run_named(name, session.input("in", data), out.data_ptr(), counter.data_ptr())
     assert error == ""
     return session, data, out
+
+
+def test_every_instruction_has_a_twin_and_is_compiled_for_the_device():
+    root = Path(__file__).resolve().parent.parent
+    check = (root / "csrc/cuda/ptx_check.cu").read_text()
+    names = {}
+    for header in (root / "csrc/cuda/ptx").glob("*.cuh"):
+        names[header.stem] = set(re.findall(r"^INTERNVL_PTX_FN .*?(\w+)\(", header.read_text(), re.MULTILINE))
+    assert sum(map(len, names.values())) >= 40
+    for stem, functions in names.items():
+        twin = root / "tests/emulator/include/emulator" / f"{stem}.h"
+        text = twin.read_text() if twin.exists() else ""
+        for name in functions - {"bits_as"}:
+            assert re.search(rf"^inline .*?\b{name}\(", text, re.MULTILINE), f"{twin.name} lacks {name}"
+            assert f"ptx::{name}" in check, f"ptx_check.cu lacks {name}"
 
 
 # ---- fragments, from the tables of the PTX documentation: element i of a lane's registers ----
