@@ -30,18 +30,6 @@ INTERNVL_INLINE Vec keep_inside(Vec x, int64_t d, int64_t width) {
   return d + kLanes <= width ? x : select(lane_index() < static_cast<int32_t>(width - d), x, Vec{});
 }
 
-INTERNVL_INLINE Vec load_parameter(const ClipQkLayernormParams& params, const void* p, int64_t d,
-                                   int64_t width) {
-  switch (params.parameter_dtype) {
-    case DType::kBFloat16:
-      return load_at<DType::kBFloat16>(p, d, width);
-    case DType::kFloat16:
-      return load_at<DType::kFloat16>(p, d, width);
-    default:
-      return load_at<DType::kFloat32>(p, d, width);
-  }
-}
-
 template <DType kType>
 INTERNVL_INLINE Vec load_clipped(const ClipQkLayernormParams& params, const void* x, int64_t d,
                                  int64_t width) {
@@ -56,32 +44,47 @@ INTERNVL_INLINE void copy_clipped(const ClipQkLayernormParams& params, const voi
     store_at<kType>(out, d, width, load_clipped<kType>(params, x, d, width));
 }
 
-template <DType kType>
+// The sum of term(d) over the vectors of a row. Four sums at a time: one alone would wait for the
+// latency of its own addition in every step.
+template <class Term>
+INTERNVL_INLINE float sum_of_row(int64_t width, Term term) {
+  constexpr int kSums = 4;
+  Vec sums[kSums] = {};
+  int64_t d = 0;
+  for (; d + kSums * kLanes <= width; d += kSums * kLanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) sums[i] += term(d + i * kLanes);
+  for (; d < width; d += kLanes) sums[0] += term(d);
+  return horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <DType kType, DType kParameter>
 INTERNVL_INLINE void normalize_row(const ClipQkLayernormParams& params, const void* x,
                                    const void* weight, const void* bias, void* out, int64_t width,
                                    float* statistics) {
-  Vec sum{};
-  for (int64_t d = 0; d < width; d += kLanes) sum += load_clipped<kType>(params, x, d, width);
-  const float mean = horizontal_sum(sum) / static_cast<float>(width);
-  Vec squares{};
+  const auto value = [&](int64_t d) __attribute__((always_inline)) {
+    return load_clipped<kType>(params, x, d, width);
+  };
+  const float mean = sum_of_row(width, value) / static_cast<float>(width);
+  const float variance = sum_of_row(width,
+                                    [&](int64_t d) __attribute__((always_inline)) {
+                                      const Vec centered = keep_inside(value(d) - mean, d, width);
+                                      return centered * centered;
+                                    }) /
+                         static_cast<float>(width);
+  const float inverse_std = 1.0f / __builtin_sqrtf(variance + params.eps);
   for (int64_t d = 0; d < width; d += kLanes) {
-    const Vec centered = keep_inside(load_clipped<kType>(params, x, d, width) - mean, d, width);
-    squares += centered * centered;
-  }
-  const float inverse_std =
-      1.0f / __builtin_sqrtf(horizontal_sum(squares) / static_cast<float>(width) + params.eps);
-  for (int64_t d = 0; d < width; d += kLanes) {
-    Vec y = (load_clipped<kType>(params, x, d, width) - mean) * inverse_std;
-    y *= load_parameter(params, weight, d, width);
-    if (bias) y += load_parameter(params, bias, d, width);
+    Vec y = (value(d) - mean) * inverse_std * load_at<kParameter>(weight, d, width);
+    if (bias) y += load_at<kParameter>(bias, d, width);
     store_at<kType>(out, d, width, y);
   }
   statistics[0] = mean;
   statistics[1] = inverse_std;
 }
 
-template <DType kType>
-void clip_qk_layernorm_rows(const ClipQkLayernormParams& params, int64_t begin, int64_t end) {
+template <DType kType, DType kParameter>
+INTERNVL_INLINE void clip_qk_layernorm_rows_of(const ClipQkLayernormParams& params, int64_t begin,
+                                               int64_t end) {
   using T = typename Element<kType>::type;
   for (int64_t r = begin; r < end; ++r) {
     const T* x = static_cast<const T*>(params.qkv) + r * params.qkv_stride;
@@ -91,18 +94,27 @@ void clip_qk_layernorm_rows(const ClipQkLayernormParams& params, int64_t begin, 
     float* statistics = params.statistics + 4 * r;
     for (int s = 0; s < 4; ++s) statistics[s] = 0.0f;
     if (params.q_weight)
-      normalize_row<kType>(params, x, params.q_weight, params.q_bias, q, params.q_width,
-                           statistics);
+      normalize_row<kType, kParameter>(params, x, params.q_weight, params.q_bias, q, params.q_width,
+                                       statistics);
     else
       copy_clipped<kType>(params, x, q, params.q_width);
     x += params.q_width;
     if (params.k_weight)
-      normalize_row<kType>(params, x, params.k_weight, params.k_bias, k, params.k_width,
-                           statistics + 2);
+      normalize_row<kType, kParameter>(params, x, params.k_weight, params.k_bias, k, params.k_width,
+                                       statistics + 2);
     else
       copy_clipped<kType>(params, x, k, params.k_width);
     copy_clipped<kType>(params, x + params.k_width, v, params.k_width);
   }
+}
+
+// Parameters are fp32 or of the type of the rows.
+template <DType kType>
+void clip_qk_layernorm_rows(const ClipQkLayernormParams& params, int64_t begin, int64_t end) {
+  if (params.parameter_dtype == kType)
+    clip_qk_layernorm_rows_of<kType, kType>(params, begin, end);
+  else
+    clip_qk_layernorm_rows_of<kType, DType::kFloat32>(params, begin, end);
 }
 
 // Gradient 0 outside the clip (and for NaN), as in torch.clamp.
@@ -126,29 +138,36 @@ INTERNVL_INLINE void copy_gradient(const ClipQkLayernormParams& params, const vo
 
 // dx of one normalised row; dweight and dbias (fp32, padded to whole vectors) collect over the rows
 // of a chunk.
-template <DType kType>
+template <DType kType, DType kParameter>
 INTERNVL_INLINE void normalize_row_backward(const ClipQkLayernormParams& params, const void* x,
                                             const void* grad, const void* weight,
                                             const float* statistics, void* out, int64_t width,
                                             float* dweight, float* dbias) {
+  constexpr int kSums = 2;  // as in sum_of_row; each step also visits dweight and dbias
   const float mean = statistics[0];
   const float inverse_std = statistics[1];
-  Vec sum{}, dot{};
-  for (int64_t d = 0; d < width; d += kLanes) {
+  Vec sum[kSums] = {}, dot[kSums] = {};
+  const auto visit = [&](int64_t d, int i) __attribute__((always_inline)) {
     const Vec dy = load_at<kType>(grad, d, width);
     const Vec normal =
         keep_inside((load_clipped<kType>(params, x, d, width) - mean) * inverse_std, d, width);
-    const Vec scaled = dy * load_parameter(params, weight, d, width);
-    sum += scaled;
-    dot += scaled * normal;
+    const Vec scaled = dy * load_at<kParameter>(weight, d, width);
+    sum[i] += scaled;
+    dot[i] += scaled * normal;
     store(dweight + d, load(dweight + d) + dy * normal);
     store(dbias + d, load(dbias + d) + dy);
+  };
+  int64_t d = 0;
+  for (; d + kSums * kLanes <= width; d += kSums * kLanes) {
+    visit(d, 0);
+    visit(d + kLanes, 1);
   }
-  const float mean_grad = horizontal_sum(sum) / static_cast<float>(width);
-  const float mean_dot = horizontal_sum(dot) / static_cast<float>(width);
-  for (int64_t d = 0; d < width; d += kLanes) {
+  for (; d < width; d += kLanes) visit(d, 0);
+  const float mean_grad = horizontal_sum(sum[0] + sum[1]) / static_cast<float>(width);
+  const float mean_dot = horizontal_sum(dot[0] + dot[1]) / static_cast<float>(width);
+  for (d = 0; d < width; d += kLanes) {
     const Vec normal = (load_clipped<kType>(params, x, d, width) - mean) * inverse_std;
-    const Vec scaled = load_at<kType>(grad, d, width) * load_parameter(params, weight, d, width);
+    const Vec scaled = load_at<kType>(grad, d, width) * load_at<kParameter>(weight, d, width);
     store_clip_gradient<kType>(params, x, out, d, width,
                                (scaled - mean_grad - normal * mean_dot) * inverse_std);
   }
@@ -156,10 +175,10 @@ INTERNVL_INLINE void normalize_row_backward(const ClipQkLayernormParams& params,
 
 // Rows [begin, end); the parameter gradients of these rows are added to four fp32 rows of `sums`:
 // dq_weight, dq_bias [q_padded each], dk_weight, dk_bias [k_padded each].
-template <DType kType>
-void clip_qk_layernorm_backward_rows(const ClipQkLayernormParams& params,
-                                     const ClipQkLayernormGrads& grads, int64_t begin, int64_t end,
-                                     float* sums) {
+template <DType kType, DType kParameter>
+INTERNVL_INLINE void backward_rows_of(const ClipQkLayernormParams& params,
+                                      const ClipQkLayernormGrads& grads, int64_t begin, int64_t end,
+                                      float* sums) {
   using T = typename Element<kType>::type;
   const int64_t q_padded = round_up(params.q_width, kLanes);
   const int64_t k_padded = round_up(params.k_width, kLanes);
@@ -174,20 +193,30 @@ void clip_qk_layernorm_backward_rows(const ClipQkLayernormParams& params,
     const T* dv = grad_row(grads.grad_v, grads.grad_v_stride, r);
     const float* statistics = params.statistics + 4 * r;
     if (params.q_weight)
-      normalize_row_backward<kType>(params, x, dq, params.q_weight, statistics, out, params.q_width,
-                                    sums, sums + q_padded);
+      normalize_row_backward<kType, kParameter>(params, x, dq, params.q_weight, statistics, out,
+                                                params.q_width, sums, sums + q_padded);
     else
       copy_gradient<kType>(params, x, dq, out, params.q_width);
     x += params.q_width;
     out += params.q_width;
     if (params.k_weight)
-      normalize_row_backward<kType>(params, x, dk, params.k_weight, statistics + 2, out,
-                                    params.k_width, sums + 2 * q_padded,
-                                    sums + 2 * q_padded + k_padded);
+      normalize_row_backward<kType, kParameter>(params, x, dk, params.k_weight, statistics + 2, out,
+                                                params.k_width, sums + 2 * q_padded,
+                                                sums + 2 * q_padded + k_padded);
     else
       copy_gradient<kType>(params, x, dk, out, params.k_width);
     copy_gradient<kType>(params, x + params.k_width, dv, out + params.k_width, params.k_width);
   }
+}
+
+template <DType kType>
+void clip_qk_layernorm_backward_rows(const ClipQkLayernormParams& params,
+                                     const ClipQkLayernormGrads& grads, int64_t begin, int64_t end,
+                                     float* sums) {
+  if (params.parameter_dtype == kType)
+    backward_rows_of<kType, kType>(params, grads, begin, end, sums);
+  else
+    backward_rows_of<kType, DType::kFloat32>(params, grads, begin, end, sums);
 }
 
 }  // namespace

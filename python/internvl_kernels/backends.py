@@ -55,12 +55,17 @@ def _cuda() -> list[str]:
     if not registration.build_info().get("cuda"):
         reasons.append("this build holds no CUDA kernels")
     if not torch.cuda.is_available():
-        reasons.append("no CUDA device")
-    found = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
-    if found and max(found) < (8, 0):
+        return [*reasons, "no CUDA device"]
+    found = _compute_capabilities()
+    if max(found) < (8, 0):
         versions = ", ".join(f"{major}.{minor}" for major, minor in found)
         reasons.append(f"the devices have compute capability {versions}; needed: 8.0 or newer")
     return reasons
+
+
+@torch.compiler.assume_constant_result  # a tracer cannot follow the questions to the driver
+def _compute_capabilities() -> tuple[tuple[int, int], ...]:
+    return tuple(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
 
 
 def _interpreted() -> bool:
