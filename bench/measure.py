@@ -163,7 +163,7 @@ def _unfused_norm(case: NormCase, clip: float):
 
 
 def norm(case: NormCase, *, direction: str = "forward", backend: str = "cpu", check: bool = True) -> Measurement:
-    """``clip_qk_layernorm`` of ``backend`` against clamp, split and two layer norms, under the copy ceiling."""
+    """``clip_qk_layernorm`` of ``backend`` against clamp, split and two layer norms, under the ceiling of a copy."""
     device, dtype, clip = device_of(backend), getattr(torch, case.dtype), 6.0
     generator = torch.Generator().manual_seed(0)
 
@@ -205,7 +205,7 @@ def norm(case: NormCase, *, direction: str = "forward", backend: str = "cpu", ch
         "shape": [case.rows, case.q_width, case.k_width],
         "bytes": nbytes,
     }
-    ceiling = ("copy", roofline.copy_of(nbytes, device))
+    ceiling = ("copy to new memory", roofline.clone_of(nbytes, device))
     return Measurement(
         case.name, runs["ours"], [baselines.Prepared("unfused", runs["unfused"])], ceiling, device, facts
     )

@@ -10,9 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from internvl_kernels import semantics
 from internvl_kernels.models import hf_attention
 from internvl_kernels.models.mpt import MPTConfig, MPTForCausalLM
-from transformers import LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
+from internvl_kernels.models.prefix_lm import convert_hf_causal_lm_to_prefix_lm
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from . import baselines, gate
 from .measure import Measurement
@@ -79,7 +89,38 @@ def _llama(dtype: torch.dtype) -> Implementations:
     return found
 
 
-FAMILIES: dict[str, Callable[[torch.dtype], Implementations]] = {"mpt": _mpt, "hf-mpt": _hf_mpt, "llama": _llama}
+def _prefix_lm(config) -> Callable[[torch.dtype], Implementations]:
+    """A causal LM of transformers as a prefix LM: converted, and with SDPA or eager attention on a dense mask."""
+
+    def build(dtype: torch.dtype) -> Implementations:
+        found, state = {}, None
+        for name in ("ours", "sdpa", "eager"):
+            module = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if name == "ours" else name)
+            state = state or module.state_dict()
+            module.load_state_dict(state)
+            found[name] = module.to(dtype)
+        convert_hf_causal_lm_to_prefix_lm(found["ours"])
+        return found
+
+    return build
+
+
+_GPT2 = GPT2Config(
+    n_embd=WIDTH, n_head=HEADS, n_layer=LAYERS, vocab_size=VOCABULARY, n_positions=SEQLEN + NEW_TOKENS,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)  # fmt: skip
+_NEOX = GPTNeoXConfig(
+    hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_attention_heads=HEADS, num_hidden_layers=LAYERS,
+    vocab_size=VOCABULARY, max_position_embeddings=SEQLEN + NEW_TOKENS,
+)  # fmt: skip
+
+FAMILIES: dict[str, Callable[[torch.dtype], Implementations]] = {
+    "mpt": _mpt,
+    "hf-mpt": _hf_mpt,
+    "llama": _llama,
+    "prefix-gpt2": _prefix_lm(_GPT2),
+    "prefix-neox": _prefix_lm(_NEOX),
+}
 
 
 @dataclass(frozen=True)
@@ -104,9 +145,20 @@ class ModelCase:
             found["prefix_mask"] = (torch.arange(self.seqlen) < self.seqlen // 4)[None].to(ids)
         return found
 
+    def inputs_of(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The same for one implementation: a converted model takes key vectors, its peers a dense mask."""
+        found = self.inputs()
+        if not self.family.startswith("prefix-") or self.mode == "decode":
+            return found
+        prefix = torch.arange(self.seqlen)[None] < self.seqlen // 4
+        if getattr(module, "_prefix_lm_converted", False):
+            return {**found, "bidirectional_mask": prefix.to(torch.long)}
+        seen = semantics.visible_mask(1, self.seqlen, self.seqlen, prefix_len=prefix.sum(1, dtype=torch.int32))
+        return {**found, "attention_mask": torch.zeros(()).masked_fill(~seen[:, None], -torch.inf).to(module.dtype)}
+
 
 def _call(model: torch.nn.Module, case: ModelCase) -> Callable[[], object]:
-    inputs = case.inputs()
+    inputs = case.inputs_of(model)
     if case.mode == "train":
         model.train()
 

@@ -81,11 +81,13 @@ def cpu_entries() -> Iterator[Entry]:
 
 def _model_entries() -> Iterator[Entry]:
     """Whole models, a few layers wide: prefill, a training step, and 32 tokens after a long prompt."""
-    for family in ("mpt", "llama", "hf-mpt"):
+    for family in ("mpt", "llama", "prefix-gpt2", "prefix-neox", "hf-mpt"):
         for mode in ("prefill", "train", "decode"):
+            if mode == "decode" and family.startswith("prefix-"):
+                continue  # transformers has no prefix-LM decoding to compare with
             for dtype in CPU_DTYPES:
                 case = models.ModelCase(family, mode, dtype)
-                core = dtype == "float32" and family != "hf-mpt"
+                core = dtype == "float32" and (family in ("mpt", "llama") or family + mode == "prefix-gpt2train")
                 prepare = lambda case=case: models.model(case)  # noqa: E731
                 yield Entry(f"{case.name} {mode} {dtype}", prepare, core, rounds=3, memory=True)
 

@@ -69,6 +69,12 @@ def copy_of(nbytes: int, device: str = "cpu") -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
+def clone_of(nbytes: int, device: str = "cpu") -> Callable[[], object]:
+    """The same into newly allocated memory, as an operator that returns new tensors has to."""
+    source = torch.randn(max(1, nbytes // 8), device=device)
+    return source.clone
+
+
 def ceilings(device: str = "cpu", dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dict[str, float]:
     """Matrix product (GFLOP/s per dtype), exponential (Gelement/s), reading and copying (GB/s) of this machine."""
     found = {}
