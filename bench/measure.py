@@ -83,7 +83,10 @@ def attention(
     peers: Iterable[str] = baselines.CPU_PEERS,
     check: bool = True,
 ) -> Measurement:
-    """``prefix_attn`` of ``backend`` on ``case``. Raises gate.WrongResult before anything is timed."""
+    """``prefix_attn`` of ``backend`` on ``case``. Raises gate.WrongResult before anything is timed.
+
+    ALiBi distance pruning is off, so that the rate counts work that was done; ``pruning`` measures what it adds.
+    """
     device = device_of(backend)
     own, clean = gate.inputs_for(case, device)
     forward = gate.operator(backend, own)
@@ -110,7 +113,8 @@ def attention(
         "bytes": case.kv_bytes if decode else case.min_bytes(direction),
     }
     prepared = [baselines.prepare(name, clean, direction) for name in peers]
-    return Measurement(case.name, baselines.as_call(forward, own, direction), prepared, ceiling, device, facts)
+    ours = _with_prune(False, baselines.as_call(forward, own, direction))
+    return Measurement(case.name, ours, prepared, ceiling, device, facts)
 
 
 @contextlib.contextmanager
@@ -135,20 +139,27 @@ def _with_prune(on: bool, call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def _forward(case: BenchCase, backend: str, pruned: bool) -> tuple[Callable[[], object], str, dict]:
+    """A gated forward with pruning on or off, its device and its facts."""
+    with alibi_prune(pruned):
+        found = attention(case, backend=backend, peers=())
+    own, _ = gate.inputs_for(case, found.device)
+    call = baselines.as_call(gate.operator(backend, own), own, "forward")
+    facts = {name: value for name, value in found.facts.items() if name != "case"}
+    return _with_prune(pruned, call), found.device, facts
+
+
 def pruning(case: BenchCase, *, backend: str = "cpu") -> Measurement:
     """``prefix_attn`` with ALiBi distance pruning; the peer is ourselves without it."""
-    found = attention(case, backend=backend, peers=())
-    unpruned = baselines.Prepared("unpruned", _with_prune(False, found.ours))
-    facts = {name: value for name, value in found.facts.items() if name != "case"}
-    return Measurement(case.name, _with_prune(True, found.ours), [unpruned], ("", None), found.device, facts)
+    pruned, device, facts = _forward(case, backend, True)
+    unpruned, _, _ = _forward(case, backend, False)
+    return Measurement(case.name, pruned, [baselines.Prepared("unpruned", unpruned)], ("", None), device, facts)
 
 
 def growth(case: BenchCase, *, pruned: bool, backend: str = "cpu") -> Measurement:
     """``prefix_attn`` alone, with pruning on or off: how time and memory grow with the length."""
-    with alibi_prune(pruned):
-        found = attention(case, backend=backend, peers=())
-    facts = {name: value for name, value in found.facts.items() if name != "case"}
-    return Measurement(case.name, _with_prune(pruned, found.ours), [], ("", None), found.device, facts)
+    call, device, facts = _forward(case, backend, pruned)
+    return Measurement(case.name, call, [], ("", None), device, facts)
 
 
 def _unfused_norm(case: NormCase, clip: float):

@@ -6,6 +6,7 @@ before anything is timed the implementations must agree on the logits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,12 +17,17 @@ from internvl_kernels.models.mpt import MPTConfig, MPTForCausalLM
 from internvl_kernels.models.prefix_lm import convert_hf_causal_lm_to_prefix_lm
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MptConfig,
     MptForCausalLM,
+    OPTConfig,
+    PretrainedConfig,
 )
 
 from . import baselines, gate
@@ -80,22 +86,23 @@ def _llama(dtype: torch.dtype) -> Implementations:
     )
     found, state = {}, None
     for name, implementation in (("ours", hf_attention.register()), ("sdpa", "sdpa"), ("eager", "eager")):
-        config._attn_implementation = implementation
-        model = LlamaForCausalLM(config).to(dtype)
+        own = copy.deepcopy(config)  # a model reads its implementation from its configuration, at every call
+        own._attn_implementation = implementation
+        model = LlamaForCausalLM(own).to(dtype)
         state = state or model.state_dict()
         model.load_state_dict(state)
-        model.set_attn_implementation(implementation)
         found[name] = model
     return found
 
 
-def _prefix_lm(config) -> Callable[[torch.dtype], Implementations]:
-    """A causal LM of transformers as a prefix LM: converted, and with SDPA or eager attention on a dense mask."""
+def _prefix_lm(config: PretrainedConfig, *peers: str) -> Callable[[torch.dtype], Implementations]:
+    """A causal LM of transformers as a prefix LM: converted, and with the ``peers`` attention on a dense mask."""
 
     def build(dtype: torch.dtype) -> Implementations:
         found, state = {}, None
-        for name in ("ours", "sdpa", "eager"):
-            module = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if name == "ours" else name)
+        for name in ("ours", *peers):
+            implementation = "eager" if name == "ours" else name.removesuffix("-causal")
+            module = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation)
             state = state or module.state_dict()
             module.load_state_dict(state)
             found[name] = module.to(dtype)
@@ -105,21 +112,33 @@ def _prefix_lm(config) -> Callable[[torch.dtype], Implementations]:
     return build
 
 
-_GPT2 = GPT2Config(
-    n_embd=WIDTH, n_head=HEADS, n_layer=LAYERS, vocab_size=VOCABULARY, n_positions=SEQLEN + NEW_TOKENS,
-    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-)  # fmt: skip
-_NEOX = GPTNeoXConfig(
-    hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_attention_heads=HEADS, num_hidden_layers=LAYERS,
-    vocab_size=VOCABULARY, max_position_embeddings=SEQLEN + NEW_TOKENS,
-)  # fmt: skip
+_SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+_GPT = {**_SIZES, "n_embd": WIDTH, "n_head": HEADS, "n_layer": LAYERS, "n_positions": SEQLEN, "resid_pdrop": 0.0}
+_GPT |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_WIDE = {**_SIZES, "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS}
+_WIDE["max_position_embeddings"] = SEQLEN
+_NEO = {**_SIZES, "hidden_size": WIDTH, "num_heads": HEADS, "num_layers": LAYERS, "max_position_embeddings": SEQLEN}
+_NEO["attention_types"] = [[["global"], LAYERS]]
+_BLOOM = {**_SIZES, "hidden_size": WIDTH, "n_head": HEADS, "n_layer": LAYERS}
+PREFIX_LMS = {
+    "prefix-gpt2": _prefix_lm(GPT2Config(**_GPT), "sdpa", "eager"),
+    "prefix-neox": _prefix_lm(GPTNeoXConfig(**_WIDE, intermediate_size=4 * WIDTH), "sdpa", "eager"),
+    "prefix-opt": _prefix_lm(
+        OPTConfig(**_WIDE, ffn_dim=4 * WIDTH, word_embed_proj_dim=WIDTH, dropout=0.0), "sdpa", "eager"
+    ),
+    "prefix-gptj": _prefix_lm(GPTJConfig(**_GPT, rotary_dim=64), "eager"),
+    # Their own attention takes no dense prefix mask; the causal model costs the same and stands in for it.
+    "prefix-gpt-neo": _prefix_lm(
+        GPTNeoConfig(**_NEO, resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0), "eager-causal"
+    ),
+    "prefix-bloom": _prefix_lm(BloomConfig(**_BLOOM), "eager-causal"),
+}
 
 FAMILIES: dict[str, Callable[[torch.dtype], Implementations]] = {
     "mpt": _mpt,
     "hf-mpt": _hf_mpt,
     "llama": _llama,
-    "prefix-gpt2": _prefix_lm(_GPT2),
-    "prefix-neox": _prefix_lm(_NEOX),
+    **PREFIX_LMS,
 }
 
 
@@ -145,20 +164,25 @@ class ModelCase:
             found["prefix_mask"] = (torch.arange(self.seqlen) < self.seqlen // 4)[None].to(ids)
         return found
 
-    def inputs_of(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    def inputs_of(self, module: torch.nn.Module, prefix: int | None = None) -> dict[str, torch.Tensor]:
         """The same for one implementation: a converted model takes key vectors, its peers a dense mask."""
         found = self.inputs()
-        if not self.family.startswith("prefix-") or self.mode == "decode":
+        if self.family not in PREFIX_LMS:
             return found
-        prefix = torch.arange(self.seqlen)[None] < self.seqlen // 4
+        length = torch.tensor([self.seqlen // 4 if prefix is None else prefix], dtype=torch.int32)
         if getattr(module, "_prefix_lm_converted", False):
-            return {**found, "bidirectional_mask": prefix.to(torch.long)}
-        seen = semantics.visible_mask(1, self.seqlen, self.seqlen, prefix_len=prefix.sum(1, dtype=torch.int32))
-        return {**found, "attention_mask": torch.zeros(()).masked_fill(~seen[:, None], -torch.inf).to(module.dtype)}
+            return {**found, "bidirectional_mask": (torch.arange(self.seqlen)[None] < length[:, None]).long()}
+        if self.family in ("prefix-gpt-neo", "prefix-bloom"):
+            return found
+        seen = semantics.visible_mask(1, self.seqlen, self.seqlen, prefix_len=length)
+        found["attention_mask"] = torch.zeros(()).masked_fill(~seen[:, None], -torch.inf).to(module.dtype)
+        if self.family == "prefix-opt":  # counts positions from a vector mask
+            found["position_ids"] = torch.arange(self.seqlen)[None]
+        return found
 
 
-def _call(model: torch.nn.Module, case: ModelCase) -> Callable[[], object]:
-    inputs = case.inputs_of(model)
+def _call(model: torch.nn.Module, case: ModelCase, prefix: int | None = None) -> Callable[[], object]:
+    inputs = case.inputs_of(model, prefix)
     if case.mode == "train":
         model.train()
 
@@ -200,7 +224,9 @@ def model(case: ModelCase, *, check: bool = True) -> Measurement:
 
 def _agree(implementations: Implementations, case: ModelCase) -> None:
     short = ModelCase(case.family, "prefill", case.dtype, 160)
-    logits = {name: _call(module, short)().float() for name, module in implementations.items()}
+    causal_peers = any(name.endswith("-causal") for name in implementations)
+    prefix = 0 if causal_peers else None
+    logits = {name: _call(module, short, prefix)().float() for name, module in implementations.items()}
     for name, other in logits.items():
         try:
             torch.testing.assert_close(logits["ours"], other, atol=TOLERANCE[case.dtype], rtol=TOLERANCE[case.dtype])

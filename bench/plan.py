@@ -81,7 +81,7 @@ def cpu_entries() -> Iterator[Entry]:
 
 def _model_entries() -> Iterator[Entry]:
     """Whole models, a few layers wide: prefill, a training step, and 32 tokens after a long prompt."""
-    for family in ("mpt", "llama", "prefix-gpt2", "prefix-neox", "hf-mpt"):
+    for family in models.FAMILIES:
         for mode in ("prefill", "train", "decode"):
             if mode == "decode" and family.startswith("prefix-"):
                 continue  # transformers has no prefix-LM decoding to compare with

@@ -7,10 +7,18 @@
 namespace internvl::cpu::INTERNVL_ISA {
 namespace {
 
-// NaN passes through, as in torch.clamp.
-INTERNVL_INLINE Vec clip_vec(Vec x, float clip) {
-  return minimum(broadcast(clip), maximum(broadcast(-clip), x));
-}
+// The bounds of a call in registers: what a kernel stores could change `params` for all the
+// compiler knows, which would read them again for every vector. NaN passes through, as in
+// torch.clamp.
+struct Clip {
+  Vec low, high;
+
+  INTERNVL_INLINE explicit Clip(const ClipQkLayernormParams& params)
+      : low(broadcast(params.has_clip ? -params.clip : -__builtin_inff())),
+        high(broadcast(params.has_clip ? params.clip : __builtin_inff())) {}
+
+  INTERNVL_INLINE Vec operator()(Vec x) const { return minimum(high, maximum(low, x)); }
+};
 
 template <DType kType>
 INTERNVL_INLINE Vec load_at(const void* p, int64_t d, int64_t width) {
@@ -31,17 +39,9 @@ INTERNVL_INLINE Vec keep_inside(Vec x, int64_t d, int64_t width) {
 }
 
 template <DType kType>
-INTERNVL_INLINE Vec load_clipped(const ClipQkLayernormParams& params, const void* x, int64_t d,
-                                 int64_t width) {
-  const Vec value = load_at<kType>(x, d, width);
-  return params.has_clip ? clip_vec(value, params.clip) : value;
-}
-
-template <DType kType>
-INTERNVL_INLINE void copy_clipped(const ClipQkLayernormParams& params, const void* x, void* out,
-                                  int64_t width) {
+INTERNVL_INLINE void copy_clipped(const Clip& clip, const void* x, void* out, int64_t width) {
   for (int64_t d = 0; d < width; d += kLanes)
-    store_at<kType>(out, d, width, load_clipped<kType>(params, x, d, width));
+    store_at<kType>(out, d, width, clip(load_at<kType>(x, d, width)));
 }
 
 // The sum of term(d) over the vectors of a row. Four sums at a time: one alone would wait for the
@@ -59,11 +59,10 @@ INTERNVL_INLINE float sum_of_row(int64_t width, Term term) {
 }
 
 template <DType kType, DType kParameter>
-INTERNVL_INLINE void normalize_row(const ClipQkLayernormParams& params, const void* x,
-                                   const void* weight, const void* bias, void* out, int64_t width,
-                                   float* statistics) {
+INTERNVL_INLINE void normalize_row(const Clip& clip, float eps, const void* x, const void* weight,
+                                   const void* bias, void* out, int64_t width, float* statistics) {
   const auto value = [&](int64_t d) __attribute__((always_inline)) {
-    return load_clipped<kType>(params, x, d, width);
+    return clip(load_at<kType>(x, d, width));
   };
   const float mean = sum_of_row(width, value) / static_cast<float>(width);
   const float variance = sum_of_row(width,
@@ -72,7 +71,7 @@ INTERNVL_INLINE void normalize_row(const ClipQkLayernormParams& params, const vo
                                       return centered * centered;
                                     }) /
                          static_cast<float>(width);
-  const float inverse_std = 1.0f / __builtin_sqrtf(variance + params.eps);
+  const float inverse_std = 1.0f / __builtin_sqrtf(variance + eps);
   for (int64_t d = 0; d < width; d += kLanes) {
     Vec y = (value(d) - mean) * inverse_std * load_at<kParameter>(weight, d, width);
     if (bias) y += load_at<kParameter>(bias, d, width);
@@ -86,6 +85,7 @@ template <DType kType, DType kParameter>
 INTERNVL_INLINE void clip_qk_layernorm_rows_of(const ClipQkLayernormParams& params, int64_t begin,
                                                int64_t end) {
   using T = typename Element<kType>::type;
+  const Clip clip(params);
   for (int64_t r = begin; r < end; ++r) {
     const T* x = static_cast<const T*>(params.qkv) + r * params.qkv_stride;
     T* q = static_cast<T*>(params.q) + r * params.q_width;
@@ -94,17 +94,17 @@ INTERNVL_INLINE void clip_qk_layernorm_rows_of(const ClipQkLayernormParams& para
     float* statistics = params.statistics + 4 * r;
     for (int s = 0; s < 4; ++s) statistics[s] = 0.0f;
     if (params.q_weight)
-      normalize_row<kType, kParameter>(params, x, params.q_weight, params.q_bias, q, params.q_width,
-                                       statistics);
+      normalize_row<kType, kParameter>(clip, params.eps, x, params.q_weight, params.q_bias, q,
+                                       params.q_width, statistics);
     else
-      copy_clipped<kType>(params, x, q, params.q_width);
+      copy_clipped<kType>(clip, x, q, params.q_width);
     x += params.q_width;
     if (params.k_weight)
-      normalize_row<kType, kParameter>(params, x, params.k_weight, params.k_bias, k, params.k_width,
-                                       statistics + 2);
+      normalize_row<kType, kParameter>(clip, params.eps, x, params.k_weight, params.k_bias, k,
+                                       params.k_width, statistics + 2);
     else
-      copy_clipped<kType>(params, x, k, params.k_width);
-    copy_clipped<kType>(params, x + params.k_width, v, params.k_width);
+      copy_clipped<kType>(clip, x, k, params.k_width);
+    copy_clipped<kType>(clip, x + params.k_width, v, params.k_width);
   }
 }
 
@@ -119,27 +119,26 @@ void clip_qk_layernorm_rows(const ClipQkLayernormParams& params, int64_t begin, 
 
 // Gradient 0 outside the clip (and for NaN), as in torch.clamp.
 template <DType kType>
-INTERNVL_INLINE void store_clip_gradient(const ClipQkLayernormParams& params, const void* x,
-                                         void* out, int64_t d, int64_t width, Vec gradient) {
-  if (params.has_clip) {
+INTERNVL_INLINE void store_clip_gradient(const Clip& clip, bool has_clip, const void* x, void* out,
+                                         int64_t d, int64_t width, Vec gradient) {
+  if (has_clip) {
     const Vec value = load_at<kType>(x, d, width);
-    gradient = select((value >= broadcast(-params.clip)) & (value <= broadcast(params.clip)),
-                      gradient, Vec{});
+    gradient = select((value >= clip.low) & (value <= clip.high), gradient, Vec{});
   }
   store_at<kType>(out, d, width, gradient);
 }
 
 template <DType kType>
-INTERNVL_INLINE void copy_gradient(const ClipQkLayernormParams& params, const void* x,
-                                   const void* grad, void* out, int64_t width) {
+INTERNVL_INLINE void copy_gradient(const Clip& clip, bool has_clip, const void* x, const void* grad,
+                                   void* out, int64_t width) {
   for (int64_t d = 0; d < width; d += kLanes)
-    store_clip_gradient<kType>(params, x, out, d, width, load_at<kType>(grad, d, width));
+    store_clip_gradient<kType>(clip, has_clip, x, out, d, width, load_at<kType>(grad, d, width));
 }
 
 // dx of one normalised row; dweight and dbias (fp32, padded to whole vectors) collect over the rows
 // of a chunk.
 template <DType kType, DType kParameter>
-INTERNVL_INLINE void normalize_row_backward(const ClipQkLayernormParams& params, const void* x,
+INTERNVL_INLINE void normalize_row_backward(const Clip& clip, bool has_clip, const void* x,
                                             const void* grad, const void* weight,
                                             const float* statistics, void* out, int64_t width,
                                             float* dweight, float* dbias) {
@@ -150,7 +149,7 @@ INTERNVL_INLINE void normalize_row_backward(const ClipQkLayernormParams& params,
   const auto visit = [&](int64_t d, int i) __attribute__((always_inline)) {
     const Vec dy = load_at<kType>(grad, d, width);
     const Vec normal =
-        keep_inside((load_clipped<kType>(params, x, d, width) - mean) * inverse_std, d, width);
+        keep_inside((clip(load_at<kType>(x, d, width)) - mean) * inverse_std, d, width);
     const Vec scaled = dy * load_at<kParameter>(weight, d, width);
     sum[i] += scaled;
     dot[i] += scaled * normal;
@@ -166,9 +165,9 @@ INTERNVL_INLINE void normalize_row_backward(const ClipQkLayernormParams& params,
   const float mean_grad = horizontal_sum(sum[0] + sum[1]) / static_cast<float>(width);
   const float mean_dot = horizontal_sum(dot[0] + dot[1]) / static_cast<float>(width);
   for (d = 0; d < width; d += kLanes) {
-    const Vec normal = (load_clipped<kType>(params, x, d, width) - mean) * inverse_std;
+    const Vec normal = (clip(load_at<kType>(x, d, width)) - mean) * inverse_std;
     const Vec scaled = load_at<kType>(grad, d, width) * load_at<kParameter>(weight, d, width);
-    store_clip_gradient<kType>(params, x, out, d, width,
+    store_clip_gradient<kType>(clip, has_clip, x, out, d, width,
                                (scaled - mean_grad - normal * mean_dot) * inverse_std);
   }
 }
@@ -180,6 +179,8 @@ INTERNVL_INLINE void backward_rows_of(const ClipQkLayernormParams& params,
                                       const ClipQkLayernormGrads& grads, int64_t begin, int64_t end,
                                       float* sums) {
   using T = typename Element<kType>::type;
+  const Clip clip(params);
+  const bool has_clip = params.has_clip;
   const int64_t q_padded = round_up(params.q_width, kLanes);
   const int64_t k_padded = round_up(params.k_width, kLanes);
   const auto grad_row = [](const void* base, int64_t stride, int64_t r) {
@@ -193,19 +194,20 @@ INTERNVL_INLINE void backward_rows_of(const ClipQkLayernormParams& params,
     const T* dv = grad_row(grads.grad_v, grads.grad_v_stride, r);
     const float* statistics = params.statistics + 4 * r;
     if (params.q_weight)
-      normalize_row_backward<kType, kParameter>(params, x, dq, params.q_weight, statistics, out,
-                                                params.q_width, sums, sums + q_padded);
+      normalize_row_backward<kType, kParameter>(clip, has_clip, x, dq, params.q_weight, statistics,
+                                                out, params.q_width, sums, sums + q_padded);
     else
-      copy_gradient<kType>(params, x, dq, out, params.q_width);
+      copy_gradient<kType>(clip, has_clip, x, dq, out, params.q_width);
     x += params.q_width;
     out += params.q_width;
     if (params.k_weight)
-      normalize_row_backward<kType, kParameter>(params, x, dk, params.k_weight, statistics + 2, out,
-                                                params.k_width, sums + 2 * q_padded,
-                                                sums + 2 * q_padded + k_padded);
+      normalize_row_backward<kType, kParameter>(
+          clip, has_clip, x, dk, params.k_weight, statistics + 2, out, params.k_width,
+          sums + 2 * q_padded, sums + 2 * q_padded + k_padded);
     else
-      copy_gradient<kType>(params, x, dk, out, params.k_width);
-    copy_gradient<kType>(params, x + params.k_width, dv, out + params.k_width, params.k_width);
+      copy_gradient<kType>(clip, has_clip, x, dk, out, params.k_width);
+    copy_gradient<kType>(clip, has_clip, x + params.k_width, dv, out + params.k_width,
+                         params.k_width);
   }
 }
 
