@@ -40,10 +40,8 @@ def measured(benchmark, result_file):
         benchmark.group = entry.study or measurement.facts.get("group") or entry.name
         benchmark.pedantic(measurement.ours, setup=measurement.others.round, rounds=entry.rounds, warmup_rounds=1)
         row = measurement.row(timing.summarise(benchmark.stats.stats.data), memory=entry.memory)
-        if entry.study:
-            row["study"] = entry.study
+        result_file.add(row, entry.name, entry.study)
         benchmark.extra_info.update(row)
-        result_file.add(row)
         return row
 
     return run

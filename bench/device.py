@@ -127,9 +127,7 @@ def measure(file: results.ResultFile, backends: tuple[str, ...], clock: Clock, m
             file.data.setdefault("failed", []).append({"entry": entry.name, "error": str(error)[:2000]})
             progress.done(f"{entry.name}: {type(error).__name__}: {str(error)[:300]}")
             continue
-        if entry.study:
-            row["study"] = entry.study
-        file.add(row)
+        file.add(row, entry.name, entry.study)
         progress.done(line(row))
         torch.cuda.empty_cache()
     progress.close()

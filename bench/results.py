@@ -10,6 +10,7 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -54,9 +55,13 @@ def revision() -> str | None:
 
 
 class ResultFile:
-    """Collects rows and keeps ``path`` up to date. ``path`` None keeps them in memory only."""
+    """Collects rows and keeps ``path`` up to date. ``path`` None keeps them in memory only.
 
-    def __init__(self, path: Path | None, device: str = "cpu") -> None:
+    ``update`` goes on from what ``path`` holds: rows keep the revision they were measured at, and a row measured again
+    takes the place of the old one. Raises ValueError when the old rows are of another machine.
+    """
+
+    def __init__(self, path: Path | None, device: str = "cpu", *, update: bool = False) -> None:
         self.path = path
         self.data = {
             "format": FORMAT,
@@ -66,16 +71,32 @@ class ResultFile:
             "ceilings": {},
             "rows": [],
         }
+        if update and path is not None and path.exists():
+            old = load(path)
+            if old["machine"] != self.data["machine"]:
+                raise ValueError(f"{path} was measured on {describe(old)}; this is {describe(self.data)}")
+            self.data["rows"] = old["rows"]
 
     @property
     def rows(self) -> list[dict]:
         """The rows so far."""
         return self.data["rows"]
 
-    def add(self, row: dict) -> None:
-        """Adds a row and writes the file."""
-        self.rows.append(row)
+    def add(self, row: dict, name: str, study: str | None = None) -> None:
+        """Adds the row of the plan's entry ``name``, in the place of an older one, and writes the file."""
+        row |= {"entry": name, "revision": self.data["revision"]}
+        if study:
+            row["study"] = study
+        kept = [other for other in self.rows if other.get("entry") != name]
+        self.data["rows"] = [*kept, row]
         self.write()
+
+    def sort(self, names: Iterable[str]) -> None:
+        """Puts the rows in the order of ``names``; rows that no entry has any more go."""
+        order = {name: index for index, name in enumerate(names)}
+        self.data["rows"] = sorted(
+            (row for row in self.rows if row.get("entry") in order), key=lambda row: order[row["entry"]]
+        )
 
     def write(self) -> None:
         """Writes everything; a crash in between leaves the old file."""
@@ -109,4 +130,5 @@ def describe(data: dict) -> str:
     """One line: machine, date, revision."""
     info = data["machine"]
     name = info.get("gpu") or f"{info['processor']} ({info['cpu_isa']}, {info['threads']} threads)"
-    return f"{name}, torch {info['torch']}, {data['date']}, revision {data['revision']}"
+    revisions = dict.fromkeys(row.get("revision", data["revision"]) for row in data["rows"]) or [data["revision"]]
+    return f"{name}, torch {info['torch']}, {data['date']}, revision {', '.join(map(str, revisions))}"

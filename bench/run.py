@@ -4,6 +4,7 @@ python -m bench.run --case mpt-7b --seqlen 2048                  one case, forwa
 python -m bench.run --case alibi-d128 --direction backward --dtype bfloat16 --peers sdpa eager
 python -m bench.run --op clip_qk_layernorm --case mpt-7b --seqlen 2048
 python -m bench.run --plan core --out results.json               everything that `make bench` measures
+python -m bench.run --plan full --match growth --out results.json --update      some rows again, into the same file
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, default=measure.ROUNDS, help="timed rounds (default: %(default)s)")
     p.add_argument("--memory", action="store_true", help="also measure peak memory")
     p.add_argument("--plan", choices=("core", "full"), help="run a whole plan instead of one case (CPU)")
-    p.add_argument("--match", help="of the plan, only entries whose name holds this text")
+    p.add_argument("--match", nargs="+", help="of the plan, only entries whose name holds one of these texts")
     p.add_argument("--out", type=Path, help="result file; written after every row")
+    p.add_argument(
+        "--update", action="store_true", help="keep the rows that --out holds; those measured again take their places"
+    )
     return p
 
 
@@ -69,9 +73,7 @@ def measure_entries(entries: Iterable[plan.Entry], file: results.ResultFile) -> 
             measurement = entry.prepare()
             measurement.rounds(entry.rounds)
             row = measurement.row(memory=entry.memory)
-            if entry.study:
-                row["study"] = entry.study
-            file.add(row)
+            file.add(row, entry.name, entry.study)
             progress.done(line(row))
     except KeyboardInterrupt:
         progress.close()
@@ -107,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.plan:
             entries = [
-                e for e in plan.cpu_entries() if (e.core or args.plan == "full") and (args.match or "") in e.name
+                e
+                for e in plan.cpu_entries()
+                if (e.core or args.plan == "full") and (not args.match or any(text in e.name for text in args.match))
             ]
         else:
             entries = [one_entry(args)]
@@ -116,12 +120,17 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if args.backend in ("cuda", "triton") else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         p.error(f"backend {args.backend} needs a GPU, and torch sees none")
-    file = results.ResultFile(args.out, device)
+    try:
+        file = results.ResultFile(args.out, device, update=args.update)
+    except ValueError as error:
+        p.error(str(error))
     print(results.describe(file.data))
     file.data["ceilings"] = roofline.ceilings(device)
     print("ceilings  " + "  ".join(f"{name} {value:.1f}" for name, value in file.data["ceilings"].items()))
     try:
         measure_entries(entries, file)
+        if args.plan:
+            file.sort(entry.name for entry in plan.cpu_entries())
     except (gate.WrongResult, NotImplementedError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

@@ -199,6 +199,29 @@ def test_help(module):
     assert f"bench.{module}" in done.stdout
 
 
+def test_an_updated_result_file_keeps_the_other_rows(tmp_path):
+    out = tmp_path / "r.json"
+    file = results.ResultFile(out)
+    file.data["revision"] = "old"
+    for name in ("b", "a"):
+        file.add({"case": name, "ours": 1}, name, study="growth" if name == "b" else None)
+    again = results.ResultFile(out, update=True)
+    again.data["revision"] = "new"
+    again.add({"case": "a", "ours": 2}, "a")
+    again.sort(["a", "b"])
+    again.write()
+    data = results.load(out)
+    assert [(row["entry"], row["ours"], row["revision"], row.get("study")) for row in data["rows"]] == [
+        ("a", 2, "new", None),
+        ("b", 1, "old", "growth"),
+    ]
+    assert results.describe(data).endswith("revision new, old")
+    data["machine"]["processor"] = "another"
+    out.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="another"):
+        results.ResultFile(out, update=True)
+
+
 def test_committed_results_are_readable():
     for path in results.FOLDER.glob("*.json"):
         data = results.load(path)
