@@ -67,8 +67,8 @@ def _compute_capabilities() -> tuple[tuple[int, int], ...]:
     return tuple(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
 
 
-# A tracer cannot follow the questions to the driver. torch.compiler.assume_constant_result would set just this mark, and
-# import the whole compiler (and Triton) with the package to do so.
+# A tracer cannot follow the questions to the driver. torch.compiler.assume_constant_result would set just this mark,
+# and import the whole compiler (and Triton) with the package to do so.
 _compute_capabilities._dynamo_marked_constant = True
 
 
