@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
+#include "common/outputs.h"
 #include "cpu/kernels.h"
 #include "cpu/key_tiles.h"
 #include "cpu/parallel.h"
@@ -144,14 +144,9 @@ std::tuple<Tensor, Tensor> prefix_attn(Tensor q, Tensor k, Tensor v, OptionalTen
                             query_start, key_flags, segment_ids, alibi_slopes};
   PrefixAttnParams params = check_prefix_attn(tensors, softmax_scale, window);
   check_key_range_values(params);
-  Tensor out =
-      torch::stable::new_empty(q, {params.batch, params.seqlen_q, params.heads_q, params.head_dim});
-  Tensor lse = torch::stable::new_empty(q, {params.batch, params.heads_q, params.seqlen_q},
-                                        ScalarType::Float);
-  params.out = view_of(out);
-  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const auto outputs = new_prefix_attn_outputs(q, &params);
   run_forward(q, params);
-  return {out, lse};
+  return outputs;
 }
 
 // --- backward
@@ -220,32 +215,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_attn_backward(
     OptionalTensor prefix_len, OptionalTensor key_range, OptionalTensor query_start,
     OptionalTensor key_flags, OptionalTensor segment_ids, OptionalTensor alibi_slopes,
     std::optional<double> softmax_scale, int64_t window) {
-  constexpr const char* kOp = "prefix_attn_backward";
   PrefixAttnTensors tensors{q,           k,         v,           prefix_len,  key_range,
                             query_start, key_flags, segment_ids, alibi_slopes};
   PrefixAttnParams params = check_prefix_attn(tensors, softmax_scale, window);
   check_key_range_values(params);
-  PrefixAttnGrads grads;
-  grads.grad_out = check_like(kOp, "grad_out", grad_out, q);
-  params.out = check_like(kOp, "out", out, q);
-  lse = check_lse(kOp, "lse", lse, q);
-  params.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
-  if (grad_lse) {
-    grad_lse = check_lse(kOp, "grad_lse", *grad_lse, q);
-    grads.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
-  }
-  const auto like = [](const Tensor& t) {
-    return torch::stable::new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
-  };
-  Tensor dq = like(q), dk = like(k), dv = like(v);
-  Tensor dslopes =
-      torch::stable::new_empty(q, {alibi_slopes ? params.heads_q : 0}, ScalarType::Float);
-  grads.dq = view_of(dq);
-  grads.dk = view_of(dk);
-  grads.dv = view_of(dv);
-  grads.dalibi_slopes = alibi_slopes ? static_cast<float*>(dslopes.mutable_data_ptr()) : nullptr;
-  run_backward(q, params, grads);
-  return {dq, dk, dv, dslopes};
+  PrefixAttnBackwardCall call(tensors, grad_out, grad_lse, out, lse, &params);
+  run_backward(q, params, call.grads);
+  return call.results();
 }
 
 int64_t cpu_isa() { return &isa_in_use() - kIsaTable; }

@@ -9,7 +9,7 @@
 
 #include <stdexcept>
 
-#include "common/check.h"
+#include "common/outputs.h"
 #include "cuda/device.h"
 
 namespace internvl::cuda {
