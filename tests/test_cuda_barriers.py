@@ -16,6 +16,18 @@ NAMES = (
     "decode",
     "segments-outside",
     "flags-prefix",
+    "flags-holes",
+)
+# Segments that fill whole tiles, met by queries behind the last key.
+OUTSIDE = Case(
+    seqlen_q=600,
+    seqlen_k=600,
+    heads_q=1,
+    heads_kv=1,
+    dtype="bfloat16",
+    segments="packed",
+    query_start=(40,),
+    prefix_len=(600,),
 )
 # Lists of more tiles than a block has threads, few of which are visible.
 LONG = {
@@ -31,7 +43,7 @@ QUICK = 4  # sites that are tried in `make test`
 def cases():
     structured = structured_cases()
     short = {name: dataclasses.replace(structured[name], dtype="bfloat16") for name in NAMES}
-    return short | LONG
+    return short | LONG | {"outside": OUTSIDE}
 
 
 @functools.cache
