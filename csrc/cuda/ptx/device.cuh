@@ -16,6 +16,8 @@
 #define INTERNVL_PTX_FN __device__ __forceinline__
 #define INTERNVL_UNROLL _Pragma("unroll")
 #define INTERNVL_NO_UNROLL _Pragma("unroll 1")
+// A kernel parameter whose address the kernel takes: `const INTERNVL_GRID_CONSTANT Plan plan`.
+#define INTERNVL_GRID_CONSTANT __grid_constant__
 
 namespace internvl::ptx {
 

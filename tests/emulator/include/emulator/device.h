@@ -12,6 +12,7 @@
 #define INTERNVL_PTX_FN inline
 #define INTERNVL_UNROLL
 #define INTERNVL_NO_UNROLL
+#define INTERNVL_GRID_CONSTANT
 
 // What nvcc predefines for a thread; kernels live in namespace internvl.
 namespace internvl {

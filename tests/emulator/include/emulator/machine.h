@@ -41,6 +41,30 @@ void copy_async(uint32_t dst, const void* src, uint32_t bytes, int src_bytes, Si
 void commit_group(Site site);
 void wait_group(unsigned pending, Site site);
 
+// ---- barriers with transaction counts, the asynchronous proxy ----
+
+void mbarrier_init(uint32_t addr, uint32_t arrivals, Site site);
+void fence_mbarrier_init(Site site);
+void mbarrier_arrive(uint32_t addr, Site site);
+void mbarrier_expect_tx(uint32_t addr, uint32_t bytes, Site site);
+bool mbarrier_try_wait(uint32_t addr, uint32_t parity, Site site);
+void mbarrier_wait(uint32_t addr, uint32_t parity, Site site);
+void mbarrier_arrive_after_copies(uint32_t addr, Site site);
+void fence_proxy_async(Site site);
+
+struct Coordinates {
+  int rank;
+  int at[5];
+};
+
+void check_tensor_map(const void* map, Site site);
+void tma_load(uint32_t dst, const void* map, const Coordinates& at, uint32_t mbarrier, Site site);
+void tma_store(const void* map, uint32_t src, const Coordinates& at, bool add, Site site);
+void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbarrier, Site site);
+void bulk_store(void* dst, uint32_t src, uint32_t bytes, Site site);
+void bulk_commit_group(Site site);
+void bulk_wait_group(unsigned pending, bool only_read, Site site);
+
 // ---- collectives of a warp: every lane passes its own arguments ----
 
 enum class Collective : uint8_t {
@@ -50,6 +74,12 @@ enum class Collective : uint8_t {
   kShuffle,
   kVoteAny,
   kVoteAll,
+  kWgmma,
+  kWgmmaCommit,
+  kSetMaxRegisters,
+  // Those that Session(skip=...) can leave out.
+  kWgmmaFence,
+  kWgmmaWait,
   kSyncWarp,
   kBarSync,
   kBarArrive,
@@ -78,6 +108,24 @@ struct ShuffleArgs {
 
 struct VoteArgs {
   bool value;  // in: own; out: the vote
+};
+
+struct WgmmaArgs {
+  float* d;           // n / 2 accumulators
+  const uint32_t* a;  // 4 registers; null: a_descriptor
+  uint64_t a_descriptor, b_descriptor;
+  int n;
+  bool is_bf16, accumulate;
+  bool a_mn_major, b_mn_major;
+};
+
+struct WgmmaWaitArgs {
+  unsigned pending;
+};
+
+struct RegisterArgs {
+  int count;
+  bool increase;
 };
 
 struct BarrierArgs {
