@@ -10,7 +10,7 @@ from pathlib import Path
 import internvl_kernels
 import pytest
 import torch
-from internvl_kernels import backends, env, registration
+from internvl_kernels import backends, registration, variables
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +35,7 @@ def test_json_report():
     assert info["internvl_kernels"] == internvl_kernels.__version__
     assert info["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(info["backends"]) == set(backends.BACKENDS)
-    assert info["variables"].keys() == env.VARIABLES.keys()
+    assert info["variables"].keys() == variables.VARIABLES.keys()
     assert info["variables"]["INTERNVL_BACKEND"] == "reference"
     for name, row in info["backends"].items():
         assert row["reasons"] == backends.BACKENDS[name].here()
@@ -56,7 +56,7 @@ def test_json_report_of_the_build():
 def test_text_report():
     text = report()
     assert text.startswith(f"internvl_kernels {internvl_kernels.__version__}")
-    for name in (*backends.BACKENDS, *env.VARIABLES, torch.__version__):
+    for name in (*backends.BACKENDS, *variables.VARIABLES, torch.__version__):
         assert name in text, name
     assert len([line for line in text.splitlines() if line.endswith("runs here")]) >= 1
 
@@ -69,11 +69,11 @@ def test_a_wrong_instruction_set_is_reported_not_fatal():
 
 def test_default_backend(monkeypatch):
     monkeypatch.delenv("INTERNVL_BACKEND", raising=False)
-    assert env.default_backend() is None
+    assert variables.default_backend() is None
     monkeypatch.setenv("INTERNVL_BACKEND", "")
-    assert env.default_backend() is None
+    assert variables.default_backend() is None
     monkeypatch.setenv("INTERNVL_BACKEND", "reference")
-    assert env.default_backend() == "reference"
+    assert variables.default_backend() == "reference"
     x = torch.zeros(1, 2, 1, 8, dtype=torch.float64)  # only the reference takes float64
     assert internvl_kernels.prefix_attention(x, x, x).dtype == torch.float64
 
@@ -81,7 +81,7 @@ def test_default_backend(monkeypatch):
 def test_readme_table_equals_the_list():
     readme = (ROOT / "README.md").read_text()
     rows = dict(re.findall(r"^\| `(INTERNVL_\w+)` \| (.*) \|$", readme, re.MULTILINE))
-    assert rows == env.VARIABLES
+    assert rows == variables.VARIABLES
 
 
 def variables_in_the_sources():
@@ -107,16 +107,16 @@ def variables_in_the_sources():
 def test_every_variable_is_listed():
     found = variables_in_the_sources()
     assert {"INTERNVL_CPU_ISA", "INTERNVL_BACKEND", "INTERNVL_CUDA", "INTERNVL_HEAD_DIMS"} <= found.keys()
-    assert found.keys() == env.VARIABLES.keys(), found
+    assert found.keys() == variables.VARIABLES.keys(), found
 
 
 def test_python_reads_variables_in_one_place():
     for file in (ROOT / "python").rglob("*.py"):
-        if file.name != "env.py":
+        if file.name != "variables.py":
             assert not re.search(r"environ|getenv", file.read_text()), file
 
 
 def test_compiled_instruction_sets_are_named():
     """The variable's description lists what the build table holds."""
     for isa in registration.cpu_info().get("compiled", []):
-        assert isa in env.VARIABLES["INTERNVL_CPU_ISA"]
+        assert isa in variables.VARIABLES["INTERNVL_CPU_ISA"]

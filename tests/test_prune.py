@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from internvl_kernels import backends, env, prefix_attention, reference, registration
+from internvl_kernels import backends, prefix_attention, reference, registration, variables
 
 _C = pytest.importorskip("internvl_kernels._C", reason=str(registration.LIBRARY_ERROR))
 LOG_EPS = {"float32": -30 * math.log(2), "bfloat16": -20 * math.log(2), "float16": -20 * math.log(2)}
@@ -90,11 +90,11 @@ def test_switch(monkeypatch):
     slopes = torch.ones(2)
     for value, wanted in {"": True, "1": True, "0": False}.items():
         monkeypatch.setenv("INTERNVL_ALIBI_PRUNE", value)
-        assert env.alibi_prune() is wanted
+        assert variables.alibi_prune() is wanted
         assert prefix_attention(q, q, q, alibi_slopes=slopes).isfinite().all()
     monkeypatch.setenv("INTERNVL_ALIBI_PRUNE", "off")
     with pytest.raises(ValueError, match=r"INTERNVL_ALIBI_PRUNE is 'off'; allowed: 0 \(off\), 1"):
-        env.alibi_prune()
+        variables.alibi_prune()
     with pytest.raises(ValueError, match=r"INTERNVL_ALIBI_PRUNE is 'off'; allowed: 0 \(off\), 1"):
         prefix_attention(q, q, q, alibi_slopes=slopes)
     assert prefix_attention(q, q, q).isfinite().all()  # no slopes: the variable is not asked for

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import checks, env, registration
+from .. import checks, registration, variables
 from . import launch, norm_launch
 from .tiles import INTERPRET
 
@@ -23,7 +23,7 @@ def _call(q, k, v, terms: dict[str, Tensor | None], softmax_scale: float | None,
     if INTERPRET.value:
         checks.key_range_values(terms["key_range"])
     terms = {name: tensor if tensor is None else tensor.contiguous() for name, tensor in terms.items()}
-    return launch.Call(q, k, v, **terms, softmax_scale=scale, window=window, prune=env.alibi_prune())
+    return launch.Call(q, k, v, **terms, softmax_scale=scale, window=window, prune=variables.alibi_prune())
 
 
 @_operator(f"{NAMESPACE}::prefix_attn", mutates_args=())

@@ -113,7 +113,7 @@ void check_exclusive(const OptionalTensor& flags, const char* name, const Option
     fail(kAttn, "key_flags and ", name, " were both given; key_flags replaces ", name);
 }
 
-// INTERNVL_ALIBI_PRUNE, read at every call; env.py reads it in the same way.
+// INTERNVL_ALIBI_PRUNE, read at every call; variables.py reads it in the same way.
 bool alibi_prune_wanted() {
   const char* value = std::getenv("INTERNVL_ALIBI_PRUNE");
   const std::string text = value ? value : "";

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import reference, registration
+from . import reference, registration, variables
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,9 +74,7 @@ _compute_capabilities._dynamo_marked_constant = True
 
 def _interpreted() -> bool:
     """Triton's kernels run in its interpreter, on CPU tensors: for tests, so only when the backend is asked for."""
-    from . import env  # as in `select`
-
-    return env.triton_interpret()
+    return variables.triton_interpret()
 
 
 def _triton() -> list[str]:
@@ -149,9 +147,7 @@ def select(op: str, tensor: Tensor, requested: str | None = None) -> Callable:
     Raises: ValueError (unknown name); NotImplementedError (it cannot run; every reason is listed).
     """
     if requested is None:
-        from . import env  # here, so that `python -m internvl_kernels.env` is not imported before it runs
-
-        requested = env.default_backend()
+        requested = variables.default_backend()
     choose = _choose if torch.compiler.is_compiling() else _remembered_choice  # a trace cannot look into the cache
     return choose(op, tensor.device.type, tensor.dtype, requested)
 

@@ -5,9 +5,9 @@ import inspect
 import warnings
 
 import pytest
-from internvl_kernels import env
+from internvl_kernels import variables
 
-if env.triton_interpret():
+if variables.triton_interpret():
     interpreter = pytest.importorskip("triton.runtime.interpreter")
 else:
     collect_ignore_glob = ["test_*.py"]
@@ -45,7 +45,7 @@ def _patch_once(patch, language):
     return patch_lang
 
 
-if env.triton_interpret() and inspect.isfunction(getattr(interpreter, "_patch_lang", None)):
+if variables.triton_interpret() and inspect.isfunction(getattr(interpreter, "_patch_lang", None)):
     interpreter._patch_lang = _patch_once(interpreter._patch_lang, interpreter.tl)
 
 

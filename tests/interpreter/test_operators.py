@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from internvl_kernels import backends, clip_qk_layernorm, env, prefix_attention, registration
+from internvl_kernels import backends, clip_qk_layernorm, prefix_attention, registration, variables
 from internvl_kernels.testing import Case, build, run
 from internvl_kernels.triton_kernels import ops
 from torch.utils.checkpoint import checkpoint
@@ -158,7 +158,7 @@ def test_clip_qk_layernorm_backward_rejects(name):
 
 
 def test_the_interpreter_is_used_only_when_asked_for():
-    assert env.triton_interpret() and not backends.BACKENDS["triton"].here()
+    assert variables.triton_interpret() and not backends.BACKENDS["triton"].here()
     q = torch.zeros(1, 2, 1, 8)
     assert backends.select("prefix_attn", q) is backends.BACKENDS["cpu"].ops["prefix_attn"]
     assert backends.select("prefix_attn", q, "triton") is backends.BACKENDS["triton"].ops["prefix_attn"]

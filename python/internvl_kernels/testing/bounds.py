@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import env, semantics
+from .. import semantics, variables
 from .cases import Inputs
 
 EPS = torch.finfo(torch.float32).eps
@@ -65,7 +65,7 @@ def attention_bounds(inputs: Inputs, truth: Results) -> Results:
     score_error = _sum_error(dim) * abs(scale) * (q.abs() @ k.abs().mT) + 2 * EPS * bias.abs()
     lse_error = (prob * score_error).sum(-1, keepdim=True) + 2 * EPS * lse.abs() + _sum_error(seqlen_k)
     prob_error = prob * (score_error + lse_error) + TINY * seen  # [B, Hq, Sq, Sk]
-    if wide.alibi_slopes is not None and env.alibi_prune():
+    if wide.alibi_slopes is not None and variables.alibi_prune():
         pruned = prob.clamp(max=PRUNED.get(dtype, 0.0) / seqlen_k) * (slopes > 0)[:, None, None]
         prob_error, lse_error = prob_error + pruned, lse_error + pruned.sum(-1, keepdim=True)
     out = truth["out"].double().transpose(1, 2)

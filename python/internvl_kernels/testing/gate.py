@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .. import backends, env, reference, registration
+from .. import backends, reference, registration, variables
 from .bounds import Results, attention_bounds
 from .cases import Case, Inputs, build
 
@@ -20,7 +20,7 @@ DENSE_LIMIT = 1 << 24  # scores per comparison; the oracle and the bounds hold a
 
 def device_of(backend: str) -> str:
     """Where the tensors of a backend live; Triton's interpreter takes them on the CPU."""
-    return "cuda" if backend == "cuda" or (backend == "triton" and not env.triton_interpret()) else "cpu"
+    return "cuda" if backend == "cuda" or (backend == "triton" and not variables.triton_interpret()) else "cpu"
 
 
 def run(operator: Callable, inputs: Inputs, gradients: str | None = "both") -> Results:
