@@ -13,21 +13,16 @@ struct Plan {
   ptx::TensorMap four, five;
 };
 
-template <class T, int N, ptx::Major kA, ptx::Major kB>
-__device__ float multiply_all_ways(ptx::MatrixDescriptor a, ptx::MatrixDescriptor b,
-                                   const uint32_t (&registers)[4]) {
-  float d[N / 2];
+template <class T, ptx::Major kMajor, int kRegisters>
+__device__ void multiply_all_ways(float (&d)[kRegisters], ptx::MatrixDescriptor a,
+                                  ptx::MatrixDescriptor b, const uint32_t (&registers)[4]) {
+  for (float& value : d) ptx::fence_operand(value);
   ptx::wgmma_fence();
-  ptx::wgmma_ss<T, N, kA, kB>(d, a, b, false);
-  ptx::wgmma_rs<T, N, kB>(d, registers, ptx::advance(b, 32), true);
+  ptx::wgmma_ss<T, 2 * kRegisters, kMajor, kMajor>(d, a, b, kMajor == ptx::Major::kMN);
+  ptx::wgmma_rs<T, 2 * kRegisters, kMajor>(d, registers, ptx::advance(b, 32), true);
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
-  float sum = 0;
-  for (float& value : d) {
-    ptx::fence_operand(value);
-    sum += value;
-  }
-  return sum;
+  for (float& value : d) ptx::fence_operand(value);
 }
 
 __device__ void copy_all_ways(const Plan& plan, const uint8_t* src, uint8_t* dst, uint32_t shared,
@@ -65,14 +60,14 @@ __global__ void __launch_bounds__(256, 1)
     return;
   }
   ptx::set_max_registers_inc<240>();
-  constexpr ptx::Major kK = ptx::Major::kK, kMN = ptx::Major::kMN;
   const ptx::MatrixDescriptor a = ptx::make_descriptor(shared, 16, 1024, ptx::Swizzle::k128);
   const ptx::MatrixDescriptor b =
       ptx::make_descriptor(shared + 32768, 128, 256, ptx::Swizzle::kNone);
   const uint32_t registers[4] = {threadIdx.x, blockIdx.x, 0, 1};
-  float sum = multiply_all_ways<T, N, kK, kK>(a, b, registers);
-  sum += multiply_all_ways<T, N, kMN, kMN>(a, b, registers);
-  sums[threadIdx.x] = sum;
+  float d[N / 2] = {};
+  multiply_all_ways<T, ptx::Major::kK>(d, a, b, registers);
+  multiply_all_ways<T, ptx::Major::kMN>(d, a, b, registers);
+  for (int i = 0; i < N / 2; ++i) sums[i * 128 + threadIdx.x] = d[i];
 }
 
 template <class T, int N>
