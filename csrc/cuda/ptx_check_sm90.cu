@@ -15,7 +15,8 @@ struct Plan {
 
 template <class T, ptx::Major kMajor, int kRegisters>
 __device__ void multiply_all_ways(float (&d)[kRegisters], ptx::MatrixDescriptor a,
-                                  ptx::MatrixDescriptor b, const uint32_t (&registers)[4]) {
+                                  ptx::MatrixDescriptor b, uint32_t (&registers)[4]) {
+  for (uint32_t& value : registers) ptx::fence_operand(value);
   for (float& value : d) ptx::fence_operand(value);
   ptx::wgmma_fence();
   ptx::wgmma_ss<T, 2 * kRegisters, kMajor, kMajor>(d, a, b, kMajor == ptx::Major::kMN);
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(256, 1)
   const ptx::MatrixDescriptor a = ptx::make_descriptor(shared, 16, 1024, ptx::Swizzle::k128);
   const ptx::MatrixDescriptor b =
       ptx::make_descriptor(shared + 32768, 128, 256, ptx::Swizzle::kNone);
-  const uint32_t registers[4] = {threadIdx.x, blockIdx.x, 0, 1};
+  uint32_t registers[4] = {threadIdx.x, blockIdx.x, 0, 1};
   float d[N / 2] = {};
   multiply_all_ways<T, ptx::Major::kK>(d, a, b, registers);
   multiply_all_ways<T, ptx::Major::kMN>(d, a, b, registers);

@@ -40,10 +40,11 @@ std::string tensor_map_error(const void* base, const TensorMapShape& shape) {
   }
   const int row_bytes = shape.box[0] * element_bytes(shape.type);
   const int span = static_cast<int>(shape.swizzle);
-  if (row_bytes % 16 != 0 || (span != 0 && row_bytes > span))
-    return "a row of the box has " + std::to_string(row_bytes) +
-           " bytes; allowed: multiples of 16" +
-           (span == 0 ? "" : " up to the " + std::to_string(span) + " that the swizzle spans");
+  if (span != 0 && row_bytes != span)
+    return "a row of the box has " + std::to_string(row_bytes) + " bytes; allowed: the " +
+           std::to_string(span) + " that the swizzle spans";
+  if (row_bytes % 16 != 0)
+    return "a row of the box has " + std::to_string(row_bytes) + " bytes; allowed: multiples of 16";
   return {};
 }
 

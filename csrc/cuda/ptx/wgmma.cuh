@@ -125,9 +125,9 @@ INTERNVL_WGMMA_SHAPE(256, 16, 128, 129, 130, 131, 132, 133, 134)
 #undef INTERNVL_WGMMA_SS
 
 // d [64, N] = a [64, 16] * b [16, N] (+ d). A thread's d[4 * i + j]: row 16 * warp + lane / 4 + 8 *
-// (j / 2), column 8 * i + 2 * (lane % 4) + j % 2, warp and lane within the warpgroup. Give d a value
-// (zero) also where nothing accumulates: the assembler drops the store, but it merges accumulators
-// that never had one.
+// (j / 2), column 8 * i + 2 * (lane % 4) + j % 2, warp and lane within the warpgroup. Give d a
+// value (zero) also where nothing accumulates: the assembler drops the store, but it merges
+// accumulators that never had one.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions-wgmma-mma
 template <class T, int N, Major kA, Major kB>
 INTERNVL_PTX_FN void wgmma_ss(float (&d)[N / 2], MatrixDescriptor a, MatrixDescriptor b,
