@@ -31,7 +31,7 @@ MODULES = {
     **{f"{_LANGUAGE}.mpt.{name}": f"mpt.{name}" for name in _MPT},
     f"{_LANGUAGE}.mpt.hf_prefixlm_converter": "prefix_lm",
     "llava.model.multimodal_projector.builder": "llava.projector",
-    f"{_ENCODER}.builder": "llava.vision_tower",
+    f"{_ENCODER}.builder": "llava.tower_builder",
     f"{_ENCODER}.clip_encoder": "llava.vision_tower",
     **{f"{_ENCODER}.intern_vit_6b.{name}": f"internvl_14b.{name}" for name in _INTERN},
     **{f"{_ENCODER}.internvl_14b.{name}": f"internvl_14b.{name}" for name in _INTERN},

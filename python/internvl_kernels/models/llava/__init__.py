@@ -7,7 +7,8 @@ from .llava_mpt import LlavaMptForCausalLM, LlavaMptModel, LlavaMptPrefixForCaus
 from .meta import LlavaMetaForCausalLM, LlavaMetaModel
 from .projector import build_vision_projector
 from .prompt import tokenizer_image_token
-from .vision_tower import CLIPVisionTower, SiglipVisionTower, VisionTower, build_vision_tower
+from .tower_builder import build_vision_tower
+from .vision_tower import CLIPVisionTower, SiglipVisionTower, VisionTower
 
 __all__ = [
     "IGNORE_INDEX",

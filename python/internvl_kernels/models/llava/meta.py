@@ -13,7 +13,8 @@ from .constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from .fusing import FusePlan, plan_fusing
 from .projector import build_vision_projector, project, project_nothing
 from .setup import VisionSetup, VisionTokenizerSetup
-from .vision_tower import VisionTower, build_vision_tower
+from .tower_builder import build_vision_tower
+from .vision_tower import VisionTower
 
 
 class LlavaMetaModel(VisionSetup):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from .projector import build_vision_projector
-from .vision_tower import build_vision_tower
+from .tower_builder import build_vision_tower
 
 
 def read_adapter(path: str | Path) -> dict[str, Tensor]:

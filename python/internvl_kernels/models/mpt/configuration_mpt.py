@@ -7,7 +7,7 @@ import copy
 from transformers import PretrainedConfig
 
 from .alibi import check_attn_impl
-from .conversion import fields_from_transformers, written_by_transformers
+from .hf_fields import fields_from_transformers, written_by_transformers
 
 ATTN_CONFIG_DEFAULTS = {
     "attn_type": "multihead_attention",

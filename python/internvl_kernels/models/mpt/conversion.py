@@ -6,60 +6,19 @@ weights have the same names and shapes in both.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from transformers import MptConfig, MptForCausalLM
 
-if TYPE_CHECKING:
-    from .configuration_mpt import MPTConfig
-    from .modeling_mpt import MPTForCausalLM
+from .configuration_mpt import MPTConfig
+from .hf_fields import FIXED, FIXED_ATTENTION, READ_BY_TRANSFORMERS, fields_from_transformers
+from .modeling_mpt import MPTForCausalLM
 
-# Fields of a transformers configuration that its class reads, and what the others amount to.
-_READ_BY_TRANSFORMERS = ("clip_qkv", "softmax_scale", "attn_pdrop")
-_FIXED = {
-    "expansion_ratio": 4,
-    "no_bias": True,
-    "norm_type": "layernorm",
-    "logit_scale": None,
-    "embedding_fraction": 1.0,
-    "emb_pdrop": 0.0,
-}
-_FIXED_ATTENTION = {
-    "attn_type": "multihead_attention",
-    "qk_ln": False,
-    "prefix_lm": False,
-    "attn_uses_sequence_id": False,
-    "alibi": True,
-    "alibi_bias_max": 8,
-}
 _SAME = ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "layer_norm_epsilon", "use_cache")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def written_by_transformers(fields: dict) -> bool:
-    """Whether a config.json belongs to transformers' own classes (MptForCausalLM), not to MPTForCausalLM."""
-    return any(str(name).startswith("Mpt") for name in fields.get("architectures") or ())
-
-
-def fields_from_transformers(fields: dict) -> dict:
-    """The fields of transformers' configuration as those of ``MPTConfig`` that mean the same."""
-    attn = fields.get("attn_config") or {}
-    attn = attn if isinstance(attn, dict) else attn.to_dict()
-    read = {name: attn[name] for name in _READ_BY_TRANSFORMERS if name in attn}
-    return {
-        **fields,
-        **_FIXED,
-        "resid_pdrop": read.get("attn_pdrop", 0),  # transformers drops the residual branches by this figure
-        "attn_config": {**_FIXED_ATTENTION, **read},
-    }
-
-
 def from_transformers(model: MptForCausalLM) -> MPTForCausalLM:
     """This package's model over the parameters of ``model`` (shared, not copied)."""
-    from .configuration_mpt import MPTConfig
-    from .modeling_mpt import MPTForCausalLM
-
     config = MPTConfig(**fields_from_transformers(model.config.to_dict()))
     state = {key: value for key, value in model.state_dict().items() if key != "lm_head.weight"}
     return _filled(MPTForCausalLM, config, state, model.training)
@@ -75,7 +34,7 @@ def to_transformers(model: MPTForCausalLM) -> MptForCausalLM:
     hf_config = MptConfig(
         **{name: getattr(config, name, None) for name in (*_SAME, *_TOKENS)},
         # transformers 5 declares attn_pdrop an int: 0.0 is left to its default
-        attn_config={name: config.attn_config[name] for name in _READ_BY_TRANSFORMERS if config.attn_config[name]},
+        attn_config={name: config.attn_config[name] for name in READ_BY_TRANSFORMERS if config.attn_config[name]},
     )
     return _filled(MptForCausalLM, hf_config, model.state_dict(), model.training)
 
@@ -92,9 +51,9 @@ def _filled(kind, config, state: dict, training: bool):
 
 
 def _check_expressible(config: MPTConfig) -> None:
-    found = {name: getattr(config, name) for name in _FIXED}
-    found |= {f"attn_config[{name!r}]": config.attn_config[name] for name in _FIXED_ATTENTION}
-    wanted = {**_FIXED, **{f"attn_config[{name!r}]": value for name, value in _FIXED_ATTENTION.items()}}
+    found = {name: getattr(config, name) for name in FIXED}
+    found |= {f"attn_config[{name!r}]": config.attn_config[name] for name in FIXED_ATTENTION}
+    wanted = {**FIXED, **{f"attn_config[{name!r}]": value for name, value in FIXED_ATTENTION.items()}}
     if found["norm_type"].lower() == "low_precision_layernorm":
         found["norm_type"] = "layernorm"  # the same outside autocast
     found["resid_pdrop"], wanted["resid_pdrop"] = config.resid_pdrop, config.attn_config["attn_pdrop"]
