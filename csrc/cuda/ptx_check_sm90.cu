@@ -36,7 +36,9 @@ __device__ void copy_all_ways(const Plan& plan, const uint8_t* src, uint8_t* dst
   ptx::tma_load_4d(shared, &plan.four, 0, 1, 2, 3, barrier);
   ptx::tma_load_5d(shared, &plan.five, 0, 1, 2, 3, 4, barrier);
   ptx::bulk_load(shared, src, 4096, barrier);
-  ptx::mbarrier_wait_parity(barrier, 0);
+  while (!ptx::mbarrier_try_wait_parity(barrier, 0)) {
+  }
+  ptx::mbarrier_wait_parity(barrier, 1);
   ptx::fence_proxy_async_shared();
   ptx::tma_store_4d(&plan.four, shared, 0, 1, 2, 3);
   ptx::tma_store_5d(&plan.five, shared, 0, 1, 2, 3, 4);
