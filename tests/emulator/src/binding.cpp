@@ -60,6 +60,15 @@ py::dict statistics_dict(const Statistics& s) {
   d["st_global"] = s.st_global;
   d["ld_global_bytes"] = s.ld_global_bytes;
   d["st_global_bytes"] = s.st_global_bytes;
+  d["wgmma"] = s.wgmma;
+  d["wgmma_products"] = s.wgmma_products;
+  d["bulk_loads"] = s.bulk_loads;
+  d["bulk_load_bytes"] = s.bulk_load_bytes;
+  d["bulk_stores"] = s.bulk_stores;
+  d["bulk_store_bytes"] = s.bulk_store_bytes;
+  d["mbarrier_arrivals"] = s.mbarrier_arrivals;
+  d["mbarrier_waits"] = s.mbarrier_waits;
+  d["proxy_fences"] = s.proxy_fences;
   return d;
 }
 

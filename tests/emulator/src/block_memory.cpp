@@ -1,4 +1,5 @@
 // Loads, stores, atomics and asynchronous copies of the current thread.
+#include <algorithm>
 #include <cstring>
 
 #include "block.h"
@@ -34,13 +35,13 @@ void* Block::store_global(void* dst, uint32_t bytes, Site site) {
 
 uint32_t Block::atomic_add(uint32_t* dst, uint32_t value, Site site) {
   ++statistics.atomics;
-  const Warp& w = warp();
-  const Release release{index_, lane_->thread, w.clock(),
-                        std::vector<uint32_t>(w.known, w.known + warps_.size())};
+  const uint32_t* before = known_to(*lane_).before;
+  const Release release{index_, lane_->thread, clock_of(*lane_),
+                        std::vector<uint32_t>(before, before + warps_.size())};
   uint32_t* word = global_memory.atomic(dst, global_actor(), site, release, acquired_);
-  const uint32_t before = *word;
-  *word = before + value;
-  return before;
+  const uint32_t value_before = *word;
+  *word = value_before + value;
+  return value_before;
 }
 
 void Block::copy_async(uint32_t dst, const void* src, uint32_t bytes, int src_bytes, Site site) {
@@ -76,17 +77,27 @@ void Block::wait_group(uint32_t pending, Site site) {
   if (groups.size() <= pending) return;
   const size_t done = groups.size() - pending;
   size_t landed = 0;
-  const Actor self = actor();
-  for (size_t g = 0; g < done; ++g) {
-    for (uint32_t i = 0; i < groups[g]; ++i) {
-      const Copy& copy = lane_->copies[landed++];
-      uint8_t* dst = shared_.land_copy(copy.dst, copy.bytes, self, copy.site);
-      if (copy.src_bytes > 0) memcpy(dst, copy.src, copy.src_bytes);
-      memset(dst + copy.src_bytes, 0, copy.bytes - copy.src_bytes);
-    }
-  }
+  for (size_t g = 0; g < done; ++g) landed += groups[g];
+  land_copies(*lane_, landed, actor());
   groups.erase(groups.begin(), groups.begin() + done);
-  lane_->copies.erase(lane_->copies.begin(), lane_->copies.begin() + landed);
+}
+
+// The oldest `count` copies of a lane; its groups keep what is left of them.
+void Block::land_copies(Lane& of, size_t count, const Actor& as) {
+  for (size_t i = 0; i < count; ++i) {
+    const Copy& copy = of.copies[i];
+    uint8_t* dst = shared_.land_copy(copy.dst, copy.bytes, as, copy.site);
+    if (copy.src_bytes > 0) memcpy(dst, copy.src, copy.src_bytes);
+    memset(dst + copy.src_bytes, 0, copy.bytes - copy.src_bytes);
+  }
+  of.copies.erase(of.copies.begin(), of.copies.begin() + count);
+  of.landed += count;
+  for (uint32_t& size : of.group_sizes) {
+    const auto part = static_cast<uint32_t>(std::min<size_t>(size, count));
+    size -= part;
+    count -= part;
+  }
+  of.uncommitted -= static_cast<uint32_t>(count);
 }
 
 }  // namespace internvl::emulator

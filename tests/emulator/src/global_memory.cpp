@@ -92,13 +92,11 @@ bool GlobalMemory::aligned(const void* ptr, uint32_t bytes, Site site, const Glo
 bool GlobalMemory::ordered(const Access& access, const GlobalActor& by) const {
   if (access.launch != launch_) return true;
   const Actor& actor = by.actor;
-  if (access.block == by.block)
-    return access.thread == actor.thread || access.clock < actor.known[access.thread / 32];
+  if (access.block == by.block) return actor.knows(access.thread, access.clock);
   for (const Acquired& acquired : *by.acquired) {
     const Release& release = acquired.release;
     if (release.block != access.block) continue;
-    const bool mine =
-        acquired.thread == actor.thread || acquired.clock < actor.known[acquired.thread / 32];
+    const bool mine = actor.knows(acquired.thread, acquired.clock);
     const bool before = access.clock < release.known[access.thread / 32] ||
                         (access.thread == release.thread && access.clock <= release.clock);
     if (mine && before) return true;
@@ -164,18 +162,24 @@ void GlobalMemory::check_unchanging(const void* src, const GlobalActor& actor, S
 
 void* GlobalMemory::store(void* dst, uint32_t bytes, const GlobalActor& actor, Site site) {
   if (!aligned(dst, bytes, site, actor)) return scratch_;
-  Allocation* a = find(dst, bytes, site, actor, "store");
-  if (!a) return scratch_;
+  return check_write(dst, bytes, actor, site, false) ? dst : scratch_;
+}
+
+bool GlobalMemory::check_write(void* dst, uint32_t bytes, const GlobalActor& actor, Site site,
+                               bool add) {
+  Allocation* a = find(dst, bytes, site, actor, add ? "addition" : "store");
+  if (!a) return false;
   const size_t offset = static_cast<uint8_t*>(dst) - a->base, end = offset + bytes;
   if (!a->writable) {
     session->report("written input", site, place(*a, offset, actor) + ": is not for writing");
-    return scratch_;
+    return false;
   }
+  if (add && !check_known(*a, offset, bytes, site, actor)) return false;
   const uint32_t site_id = session->site_id(site);
   for (size_t at = offset / 4; at < (end + 3) / 4; ++at) {
     Word& word = a->words[at];
     const uint8_t mask = mask_of(offset, end, at);
-    if ((word.written & mask) && !ordered(word.write, actor))
+    if ((word.written & mask) && !(add && word.added) && !ordered(word.write, actor))
       session->report(
           "race", site,
           place(*a, 4 * at, actor) + ": written, but nothing orders it after the write of " +
@@ -188,11 +192,12 @@ void* GlobalMemory::store(void* dst, uint32_t bytes, const GlobalActor& actor, S
               block_text(word.read.block) + ", thread " + std::to_string(word.read.thread));
     word.write = {launch_, actor.block, actor.actor.thread, actor.actor.clock};
     word.written = mask;
+    word.added = add;
     word.seen &= static_cast<uint8_t>(~mask);
     word.site = site_id;
   }
   memset(&a->known[offset], 1, bytes);
-  return dst;
+  return true;
 }
 
 uint32_t* GlobalMemory::atomic(uint32_t* dst, const GlobalActor& actor, Site site,

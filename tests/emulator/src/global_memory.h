@@ -42,8 +42,10 @@ class GlobalMemory {
 
   const void* load(const void* src, uint32_t bytes, const GlobalActor& actor, Site site);
   void* store(void* dst, uint32_t bytes, const GlobalActor& actor, Site site);
-  // Checks a read of any length without alignment of its own (the source of a cp.async).
+  // Checks a read of any length without alignment of its own (the source of an asynchronous copy).
   bool check_read(const void* src, uint32_t bytes, const GlobalActor& actor, Site site);
+  // A write likewise. `add`: an atomic addition to what is there; those need no order among them.
+  bool check_write(void* dst, uint32_t bytes, const GlobalActor& actor, Site site, bool add);
   // ld.global.nc: nobody may have written there in this launch, ordered or not.
   void check_unchanging(const void* src, const GlobalActor& actor, Site site);
   // The word an atomic operation works on, or scratch; hands out and takes the releases.
@@ -62,6 +64,7 @@ class GlobalMemory {
     uint32_t site = 0;
     uint8_t written = 0;  // bytes of the last write
     uint8_t seen = 0;     // bytes of the last read
+    bool added = false;   // the last write was an addition
   };
   struct Allocation {
     std::string name;

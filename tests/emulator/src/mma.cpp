@@ -1,17 +1,10 @@
-#include <cfenv>
-
 #include "emulator/arithmetic.h"
+#include "rounding.h"
 
 namespace internvl::emulator {
 namespace {
 
 using Row = float __attribute__((vector_size(32)));
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define INTERNVL_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define INTERNVL_CLONES
-#endif
 
 // d [16][8] = a [16][16] * b [16][8] + c. Never fused: GCC is told so by -ffp-contract=off.
 INTERNVL_CLONES void multiply(float (*d)[8], const float (*a)[16], const float (*b)[8],
@@ -28,16 +21,6 @@ INTERNVL_CLONES void multiply(float (*d)[8], const float (*a)[16], const float (
     memcpy(d[i], &sum, sizeof(Row));
   }
 }
-
-struct Rounding {
-  explicit Rounding(bool toward_zero) : before(toward_zero ? std::fegetround() : -1) {
-    if (toward_zero) std::fesetround(FE_TOWARDZERO);
-  }
-  ~Rounding() {
-    if (before >= 0) std::fesetround(before);
-  }
-  int before;
-};
 
 template <bool kBf16>
 void widen(uint32_t pair, float& lo, float& hi) {

@@ -30,6 +30,9 @@ struct Statistics {
   int64_t cp_async = 0, cp_async_bytes = 0;
   int64_t ld_shared = 0, st_shared = 0, ld_global = 0, st_global = 0;
   int64_t ld_global_bytes = 0, st_global_bytes = 0;
+  int64_t wgmma = 0, wgmma_products = 0;  // scalar products, m64nNk16 has 1024 N of them
+  int64_t bulk_loads = 0, bulk_load_bytes = 0, bulk_stores = 0, bulk_store_bytes = 0;
+  int64_t mbarrier_arrivals = 0, mbarrier_waits = 0, proxy_fences = 0;
 };
 
 // One line of kernel source: how its warp-wide accesses fall on the banks or sectors.
