@@ -15,6 +15,7 @@ from .cases import BenchCase, NormCase
 from .timing import Rounds, Timer, peak_mib
 
 ROUNDS = 7
+LEAST_SHARE = 0.05  # of a step: a smaller part of it cannot be told from the noise of the difference of two steps
 PRUNE_VARIABLE = "INTERNVL_ALIBI_PRUNE"
 
 
@@ -22,15 +23,22 @@ class Measurement:
     """Gated and prepared calls of one case, ready for ``rounds()``; ``row()`` is what was found.
 
     ``ours`` and the ceiling are calls like the peers; who times them is up to the caller (pytest-benchmark times ours
-    itself).
+    itself). ``parts``: of a step with attention in it, the calls "without attention" and "attention alone".
     """
 
     def __init__(
-        self, group: str, ours: Callable[[], object], peers: list[baselines.Prepared], ceiling, device: str, facts: dict
+        self,
+        group: str,
+        ours: Callable[[], object],
+        peers: list[baselines.Prepared],
+        ceiling,
+        device: str,
+        facts: dict,
+        parts: dict[str, Callable[[], object]] | None = None,
     ) -> None:
         self.ours, self.peers, self.device, self.facts = ours, peers, device, {"case": group, **facts}
         self.ceiling_name, ceiling_call = ceiling
-        calls = {peer.name: peer.call for peer in peers if peer.call}
+        calls = {peer.name: peer.call for peer in peers if peer.call} | (parts or {})
         if ceiling_call:
             calls[self.ceiling_name] = ceiling_call
         self.timer = Timer(device)
@@ -56,6 +64,9 @@ class Measurement:
         if self.ceiling_name in others:
             row["ceiling"] = {"name": self.ceiling_name, **others[self.ceiling_name]}
             row["ours"]["share_of_ceiling"] = others[self.ceiling_name]["median_ms"] / ms
+        without = others.get("without attention", {}).get("median_ms")
+        if without is not None:
+            row["ours"]["attention"] = _attention_part(ms, without, others["attention alone"]["median_ms"])
         if memory:
             row["ours"]["peak_mib"] = peak_mib(self.ours, self.device)
         for peer in self.peers:
@@ -67,12 +78,24 @@ class Measurement:
             if peer.causal_only:  # it sees fewer pairs: compared per visible pair
                 found["ratio"] *= self.facts["pairs"] / self.facts["causal_pairs"]
                 found["per_pair"] = True
+            if without is not None and ms - without > LEAST_SHARE * ms:
+                found["attention_ratio"] = (found["median_ms"] - without) / (ms - without)
             if peer.compile_seconds is not None:
                 found["compile_s"] = peer.compile_seconds
             if memory:
                 found["peak_mib"] = peak_mib(peer.call, self.device)
             row["peers"][peer.name] = found
         return row
+
+
+def _attention_part(step_ms: float, without_ms: float, alone_ms: float) -> dict[str, float]:
+    """What attention adds to a step, and what the operator needs for the same calls with nothing around them."""
+    return {
+        "added_ms": step_ms - without_ms,
+        "alone_ms": alone_ms,
+        "share": 1 - without_ms / step_ms,
+        "share_predicted": alone_ms / (without_ms + alone_ms),
+    }
 
 
 def attention(

@@ -151,12 +151,18 @@ def table(data: dict) -> list[str]:
         own = row["ours"]
         name = (f"{row['study']}: " if "study" in row else "") + label(row)
         peers = [
-            f"{peer} {found['ratio']:.2f}x" + (" per pair" if found.get("per_pair") else "")
+            f"{peer} {found['ratio']:.2f}x"
+            + (" per pair" if found.get("per_pair") else "")
+            + (f" (attention {found['attention_ratio']:.1f}x)" if "attention_ratio" in found else "")
             if "ratio" in found
             else f"{peer}: {found['skipped']}"
             for peer, found in row["peers"].items()
         ]
         share = f"{own['share_of_ceiling']:.2f} {row['ceiling']['name']}" if "share_of_ceiling" in own else ""
+        if "attention" in own:
+            share = "attention {share:.0%} of it, {share_predicted:.0%} by the operator alone".format(
+                **own["attention"]
+            )
         cells = [
             name,
             f"{own['median_ms']:.3f}",

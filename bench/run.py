@@ -92,10 +92,14 @@ def line(row: dict) -> str:
         text += f" {own['gbytes']:>6.1f} GB/s"
     if "ceiling" in row:
         text += f"  {own['share_of_ceiling']:.2f} of {row['ceiling']['name']}"
+    if "attention" in own:
+        text += "  attention {share:.0%} of it, alone {share_predicted:.0%}".format(**own["attention"])
     if own.get("peak_mib") is not None:
         text += f"  peak {own['peak_mib']:.0f} MiB"
     for name, peer in row["peers"].items():
         text += f"  | {name} {peer['ratio']:.2f}x" if "ratio" in peer else f"  | {name}: {peer['skipped']}"
+        if "attention_ratio" in peer:
+            text += f" (attention {peer['attention_ratio']:.1f}x)"
         if "compile_s" in peer:
             text += f" (compiled in {peer['compile_s']:.0f} s)"
         if peer.get("peak_mib") is not None:

@@ -144,6 +144,28 @@ def _odd_dims(rows: Rows) -> list[tuple[float, str]]:
     ]
 
 
+def _prefix_lm_attention(rows: Rows) -> list[tuple[float, str]]:
+    """The attention part of converted models over that of SDPA with a dense prefix mask."""
+    return [
+        (row["peers"]["sdpa"]["attention_ratio"], f"{row['case']} {row['direction']}")
+        for row in rows
+        if row["op"] == "model"
+        and row["case"].startswith("model prefix-")
+        and row["dtype"] == "float32"
+        and "attention_ratio" in row["peers"].get("sdpa", {})
+    ]
+
+
+def _model_decode(rows: Rows) -> list[tuple[float, str]]:
+    """32 tokens after a long prompt: transformers' LLaMA with SDPA, its MPT, and LLaVA over both."""
+    found = []
+    for row in rows:
+        if row["op"] == "model" and row["direction"] == "decode":
+            ratios = [row["peers"][peer]["ratio"] for peer in ("sdpa", "hf") if peer in row["peers"]]
+            found += [(ratio, f"{row['case']} {row['dtype']}") for ratio in ratios]
+    return found
+
+
 CPU_TARGETS = (
     Target("CPU, S >= 1k", "forward fp32", "torch.mm", 0.85, _share("cpu", "forward", "float32", shortest=1024)),
     Target("CPU, S >= 1k", "forward fp32", "SDPA with bias", 2.0, _over("sdpa", "cpu", "forward", "float32")),
@@ -176,6 +198,8 @@ CPU_TARGETS = (
     Target("CPU, 32k keys", "decode, multi-query bf16", "packed SDPA", 5.0, _decode_multi_query),
     Target("CPU, S = 8k, 16 heads", "ALiBi pruning", "without it", 2.0, _pruning),
     Target("CPU, 1k to 16k", "time per visible pair", "the fastest length", 1.10, _growth, at_most=True),
+    Target("CPU, S = 2k", "attention of prefix LMs", "SDPA, dense mask", 1.5, _prefix_lm_attention),
+    Target("CPU, 2k prompt", "32 tokens of a model", "transformers", 1.0, _model_decode),
     Target("CPU", "head dims 80 and 112", "their neighbours", 0.85, _odd_dims),
     Target("CPU", "clip + QK LayerNorm forward", "copy bandwidth", 0.9, _norm_share("cpu", "forward")),
     Target("CPU", "clip + QK LayerNorm backward", "copy bandwidth", 0.85, _norm_share("cpu", "backward")),

@@ -10,7 +10,21 @@ import torch
 from internvl_kernels import semantics
 from internvl_kernels.testing import Case
 
-from bench import baselines, cases, gate, measure, models, plan, report, results, run, targets, timing
+from bench import (
+    baselines,
+    cases,
+    exchange,
+    families,
+    gate,
+    measure,
+    models,
+    plan,
+    report,
+    results,
+    run,
+    targets,
+    timing,
+)
 
 
 @pytest.mark.parametrize("mask", cases.MASKS)
@@ -94,21 +108,67 @@ def test_shortened_cases_keep_the_form():
     assert all(0 <= a < b <= gate.GATE_LENGTH for a, b in small.key_range)
 
 
+TINY = families.Sizes(heads=2, layers=2, mlp_ratio=1, vocabulary=64, image_side=3, seqlen=112)
+
+
 @pytest.mark.parametrize("family", sorted(models.FAMILIES))
 def test_models_agree_before_they_are_timed(family, monkeypatch):
-    case = models.ModelCase(family, "prefill", seqlen=24)
+    case = models.ModelCase(family, "prefill", sizes=TINY)
     measurement = models.model(case)
-    assert measurement.ours().shape == (1, 24, models.VOCABULARY)
+    assert measurement.ours().shape[-1] in (TINY.vocabulary, TINY.width)
     right = models.FAMILIES[family]
 
-    def wrong(dtype):
-        found = right(dtype)
-        next(found["ours"].parameters()).data.mul_(1.1)
+    def wrong(sizes, dtype):
+        found = right.build(sizes, dtype)
+        peer = list(found)[1]
+        if isinstance(found[peer], exchange.Exchanged):  # the same weights, so another attention
+            found[peer].make = lambda: exchange.nothing
+        else:
+            for parameter in found["ours"].parameters():
+                parameter.data.mul_(1.1)
         return found
 
-    monkeypatch.setitem(models.FAMILIES, family, wrong)
+    monkeypatch.setitem(models.FAMILIES, family, dataclasses.replace(right, build=wrong))
     with pytest.raises(gate.WrongResult, match="disagree"):
         models.model(case)
+
+
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+def test_every_mode_of_a_model_runs(family):
+    for mode in models.FAMILIES[family].modes:
+        measurement = models.model(models.ModelCase(family, mode, sizes=TINY), check=False)
+        measurement.rounds(1)
+        row = measurement.row()
+        assert set(row["peers"]) and all(peer["ratio"] > 0 for peer in row["peers"].values())
+        assert ("attention" in row["ours"]) == (mode != "decode")
+        assert "model" in run.line(row)
+
+
+def test_attention_is_left_out_and_put_back():
+    case = models.ModelCase("qllama", "train", sizes=TINY)
+    ours = models.FAMILIES["qllama"].build(TINY, torch.float32)["ours"]
+    calls = []
+    with exchange.attention_is(lambda q, k, v, **terms: calls.append(terms) or exchange.nothing(q, k, v)):
+        models._call(ours, case)()
+    assert len(calls) == 3  # two layers, one with cross attention
+    assert all(p.grad is not None for p in ours.parameters())
+    with exchange.attention_is(exchange.nothing):
+        pass
+    before = len(calls)
+    models._call(ours, case)()
+    assert len(calls) == before
+
+
+def test_narrow_models_only_without_bf16_instructions(monkeypatch):
+    for found, width in ((False, 256), (True, 1024)):
+        monkeypatch.setattr(models, "bf16_instructions", lambda found=found: found)
+        assert models.sizes_of("bfloat16").width == width
+        assert models.sizes_of("float32").width == 1024
+
+
+def test_what_attention_adds_to_a_step():
+    part = measure._attention_part(100.0, 75.0, 25.0)
+    assert part["added_ms"] == part["alone_ms"] and part["share"] == part["share_predicted"] == 0.25
 
 
 def test_slow_calls_take_part_in_few_rounds():
@@ -143,6 +203,23 @@ def test_targets_take_the_worst_row():
     assert verdicts["forward fp32", "SDPA with bias"]["verdict"] == "missed"
     assert verdicts["forward fp32", "SDPA with bias"]["value"] == 1.7
     assert verdicts["forward bf16", "SDPA with bias"]["verdict"] == "not measured"
+
+
+def test_targets_of_whole_models():
+    def of(case, direction, peer, **found):
+        return _row(case=f"model {case}", op="model", direction=direction, peers={peer: {"ratio": 1.2, **found}})
+
+    rows = [
+        of("prefix-gpt2", "train", "sdpa", attention_ratio=1.4),
+        of("prefix-gpt2", "prefill", "sdpa", attention_ratio=2.0),
+        of("llama", "prefill", "sdpa", attention_ratio=0.5),
+        of("llama", "decode", "sdpa"),
+        of("mpt", "decode", "eager"),
+    ]
+    verdicts = {v["what"]: v for v in targets.judge(rows)}
+    assert verdicts["attention of prefix LMs"]["value"] == 1.4
+    assert verdicts["32 tokens of a model"] | {"value": 1.2, "verdict": "met"} == verdicts["32 tokens of a model"]
+    assert "llama" in verdicts["32 tokens of a model"]["case"]
 
 
 def test_growth_target_compares_time_per_pair():
