@@ -138,7 +138,11 @@ void Block::wake(Lane& woken) {
 void Block::leave() {
   Lane& left = *lane_;
   Warp& w = warp();
-  if (!left.copies.empty())
+  size_t arriving = left.landed;  // copies that some mbarrier waits for
+  for (const Arriving& after : arriving_)
+    if (after.kind == Arriving::Kind::kAfterCopies && after.thread == left.thread)
+      arriving = std::max(arriving, after.copies);
+  if (left.landed + left.copies.size() > arriving)
     session->report("missing wait", left.copies[0].site,
                     text_of(actor()) + " ended with cp.async under way that it never waited for");
   if (!left.stores.empty())

@@ -36,10 +36,10 @@ void Block::mbarrier_init(uint32_t addr, uint32_t arrivals, Site site) {
   MBarrier* barrier = nullptr;
   for (MBarrier& other : mbarriers_)
     if (other.addr == addr) barrier = &other;
-  if (barrier && (barrier->pending != barrier->count || barrier->bytes != 0))
+  if (barrier)
     session->report("mbarrier", site,
                     emulator::text_of(actor()) + " initialises " + text_of(*barrier) +
-                        " again in the middle of a phase");
+                        " again, in its phase " + std::to_string(barrier->phase));
   if (!shared_.claim_mbarrier(addr, actor(), site)) return;
   if (!barrier) {
     if (mbarriers_.size() == kMaxMBarriers)
