@@ -45,20 +45,17 @@ void SharedMemory::reset(uint32_t bytes, uint32_t warps, const AsyncProxy* async
 bool SharedMemory::in_bounds(uint32_t addr, uint32_t bytes, uint32_t alignment, Site site,
                              const char* what) const {
   const auto offset = static_cast<int64_t>(addr) - kSharedBase;
+  if (addr % alignment == 0 && offset >= 0 && offset + bytes <= int64_t{bytes_}) return true;
   const std::string place = std::string(what) + " of " + std::to_string(bytes) +
                             " bytes of shared memory at offset " + std::to_string(offset);
-  if (addr % alignment != 0) {
+  if (addr % alignment != 0)
     session->report("misaligned", site,
                     place + " is not aligned to " +
                         (alignment == bytes ? "its size" : std::to_string(alignment) + " bytes"));
-    return false;
-  }
-  if (offset < 0 || offset + bytes > int64_t{bytes_}) {
+  else
     session->report("out of bounds", site,
                     place + "; the block has " + std::to_string(bytes_) + " bytes");
-    return false;
-  }
-  return true;
+  return false;
 }
 
 void SharedMemory::report_word(const char* kind, uint32_t index, Site site, const Actor& actor,
