@@ -38,9 +38,8 @@ bool rows_aligned(const View& view, int64_t batch, int64_t seqlen, int64_t heads
          (heads <= 1 || view.stride_h % 8 == 0);
 }
 
-LaunchStatus align_rows(Workspace& workspace, View* view, int64_t batch, int64_t seqlen,
-                        int64_t heads, int64_t head_dim, void* stream) {
-  if (rows_aligned(*view, batch, seqlen, heads)) return {};
+LaunchStatus pack_rows(Workspace& workspace, View* view, int64_t batch, int64_t seqlen,
+                       int64_t heads, int64_t head_dim, void* stream) {
   tile::PackRowsPlan plan;
   plan.batch = batch;
   plan.seqlen = seqlen;
@@ -57,6 +56,12 @@ LaunchStatus align_rows(Workspace& workspace, View* view, int64_t batch, int64_t
                      config_of("pack_rows", (chunks + tile::kPackThreads - 1) / tile::kPackThreads,
                                tile::kPackThreads, 0, stream),
                      plan);
+}
+
+LaunchStatus align_rows(Workspace& workspace, View* view, int64_t batch, int64_t seqlen,
+                        int64_t heads, int64_t head_dim, void* stream) {
+  if (rows_aligned(*view, batch, seqlen, heads)) return {};
+  return pack_rows(workspace, view, batch, seqlen, heads, head_dim, stream);
 }
 
 LaunchStatus align_inputs(Workspace& workspace, PrefixAttnParams* params, void* stream) {

@@ -49,8 +49,12 @@ bool may_prune(const PrefixAttnParams& params, int block_n);
 // 16-byte rows: what the kernels read directly.
 bool rows_aligned(const View& view, int64_t batch, int64_t seqlen, int64_t heads);
 
-// Replaces `view` by an aligned copy in the workspace where its rows are not aligned. (While the
-// workspace only counts, nothing is launched.)
+// Replaces `view` by a contiguous copy in the workspace, its rows at 16-byte addresses. (While the
+// workspace only counts, nothing is launched, and the view stays.)
+LaunchStatus pack_rows(Workspace& workspace, View* view, int64_t batch, int64_t seqlen,
+                       int64_t heads, int64_t head_dim, void* stream);
+
+// The same where its rows are not aligned.
 LaunchStatus align_rows(Workspace& workspace, View* view, int64_t batch, int64_t seqlen,
                         int64_t heads, int64_t head_dim, void* stream);
 

@@ -61,8 +61,8 @@ class BwdKv {
         warp_(static_cast<int>(threadIdx.x) / 32),
         split_(warp_ % kSplit),
         first_key_(warp_ / kSplit * 16 * kM),
-        place_(block_place((args.params.seqlen_k + kBlockN - 1) / kBlockN, args.params.batch,
-                           args.params.heads_kv, args.section_kv)),
+        place_(place_of_block((args.params.seqlen_k + kBlockN - 1) / kBlockN, args.params.batch,
+                              args.params.heads_kv, args.section_kv)),
         j_lo_(static_cast<int32_t>(place_.tile * kBlockN)) {}
 
   INTERNVL_PTX_FN void run() {
@@ -167,25 +167,10 @@ class BwdKv {
     const int64_t head = place_.h * args_.group + static_cast<uint32_t>(item) / tiles;
     const tile::QueryTile rows = query_tile<kBlockM, 1>(args_, own, place_.b, tile);
     const int64_t j_hi = smaller(int64_t{j_lo_} + kBlockN, own.seqlen_k);
-    if (args_.row_norms) {
-      float k_norm = 0.0f;
-      INTERNVL_UNROLL
-      for (int part = 0; part < Traits::kKeyParts; ++part) {
-        const int64_t key_tile = place_.tile * Traits::kKeyParts + part;
-        if (key_tile < args_.key_tiles)
-          k_norm = ptx::fmax(
-              k_norm,
-              ptx::ld_global_nc(args_.key_norms +
-                                (place_.b * args_.params.heads_kv + place_.h) * args_.key_tiles +
-                                key_tile));
-      }
-      const ptx::F32x2 norms = ptx::ld_global_nc(
-          args_.row_norms + (place_.b * args_.params.heads_q + head) * args_.row_tiles + tile);
-      const float cutoff =
-          prune_cutoff(ptx::ld_global_nc(args_.params.alibi_slopes + head),
-                       args_.params.softmax_scale, norms.x, k_norm, norms.y, args_.prune_threshold);
-      if (prune_tile(cutoff, tile_distance(rows.p_lo, rows.p_hi, j_lo_, j_hi))) return kTileEmpty;
-    }
+    if (args_.row_norms && tile::prune_tiles<1, Traits::kKeyParts>(
+                               args_, place_.b, head, tile, place_.tile * Traits::kKeyParts,
+                               tile_distance(rows.p_lo, rows.p_hi, j_lo_, j_hi)))
+      return kTileEmpty;
     return tile::classify_keys(own, rows, key_summary(own), j_lo_, j_hi);
   }
 
@@ -310,7 +295,7 @@ class BwdKv {
       INTERNVL_UNROLL
       for (int m = 0; m < kM; ++m) INTERNVL_UNROLL
       for (int half = 0; half < 2; ++half)
-        if (!sees(own, query, keys[m][half]))
+        if (!tile::sees(own, query, keys[m][half]))
           hidden |= 1u << ((m * 2 * kStepTiles + n) * 4 + half * 2 + e);
     }
     return hidden;

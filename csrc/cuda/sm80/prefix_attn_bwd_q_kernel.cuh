@@ -48,7 +48,7 @@ class BwdQ {
         split_(warp_ % kSplit),
         first_row_(warp_ / kSplit * 16 * kM) {
     const int64_t tiles = (args.params.seqlen_q + kRows - 1) / kRows;
-    place_ = block_place(tiles, args.params.batch, args.params.heads_q, args.section_q);
+    place_ = place_of_block(tiles, args.params.batch, args.params.heads_q, args.section_q);
     place_.tile = static_cast<int32_t>(tiles) - 1 - place_.tile;
     head_kv_ = static_cast<int32_t>(place_.h / args.group);
   }
@@ -123,25 +123,11 @@ class BwdQ {
     const tile::KeyMask own = mask();
     const tile::QueryTile rows = query_tile<Traits::kBlockM, Traits::kRowParts>(
         args_, own, place_.b, place_.tile * Traits::kRowParts);
-    if (args_.row_norms) {
-      float q_norm = 0.0f, lowest = INFINITY;
-      INTERNVL_UNROLL
-      for (int part = 0; part < Traits::kRowParts; ++part) {
-        const int64_t row_tile = place_.tile * Traits::kRowParts + part;
-        if (row_tile >= args_.row_tiles) continue;
-        const ptx::F32x2 norms =
-            ptx::ld_global_nc(args_.row_norms + head() * args_.row_tiles + row_tile);
-        q_norm = ptx::fmax(q_norm, norms.x);
-        lowest = ptx::fmin(lowest, norms.y);
-      }
-      const int64_t j_lo = tile * kKeys, j_hi = smaller(j_lo + kKeys, own.seqlen_k);
-      const float k_norm = ptx::ld_global_nc(
-          args_.key_norms + (place_.b * args_.params.heads_kv + head_kv_) * args_.key_tiles + tile);
-      const float cutoff =
-          prune_cutoff(ptx::ld_global_nc(args_.params.alibi_slopes + place_.h),
-                       args_.params.softmax_scale, q_norm, k_norm, lowest, args_.prune_threshold);
-      if (prune_tile(cutoff, tile_distance(rows.p_lo, rows.p_hi, j_lo, j_hi))) return kTileEmpty;
-    }
+    const int64_t j_lo = tile * kKeys, j_hi = smaller(j_lo + kKeys, own.seqlen_k);
+    if (args_.row_norms && tile::prune_tiles<Traits::kRowParts, 1>(
+                               args_, place_.b, place_.h, place_.tile * Traits::kRowParts, tile,
+                               tile_distance(rows.p_lo, rows.p_hi, j_lo, j_hi)))
+      return kTileEmpty;
     return tile::classify_padded(own, rows, static_cast<int>(tile), kKeys);
   }
 
@@ -223,7 +209,7 @@ class BwdQ {
       INTERNVL_UNROLL
       for (int m = 0; m < kM; ++m) INTERNVL_UNROLL
       for (int half = 0; half < 2; ++half)
-        if (!sees(own, queries[m][half], key)) dp[m][n][half * 2 + e] = 0.0f;
+        if (!tile::sees(own, queries[m][half], key)) dp[m][n][half * 2 + e] = 0.0f;
     }
   }
 

@@ -12,20 +12,6 @@
 
 namespace internvl::sm80 {
 
-// The bits of all lanes: lane l's at bit l.
-INTERNVL_PTX_FN uint32_t warp_bits(bool value) {
-  uint32_t bits = value ? 1u << (threadIdx.x % 32) : 0;
-  INTERNVL_UNROLL
-  for (int mask = 1; mask < 32; mask *= 2) bits |= ptx::shfl_bfly(bits, mask);
-  return bits;
-}
-
-// Number of the lowest set bit.
-INTERNVL_PTX_FN int lowest_bit(uint32_t bits) {
-  const uint32_t lowest = bits & (~bits + 1);  // a power of two: its exponent as fp32
-  return static_cast<int>(ptx::bits_as<uint32_t>(static_cast<float>(lowest)) >> 23) - 127;
-}
-
 // Walks over the items 0 to count - 1 whose class is not empty. The threads classify kThreads items
 // at once, one each, so that a skipped tile costs next to nothing; the outcome is two bit sets in
 // shared memory. All threads of the block make the same calls.
@@ -159,20 +145,5 @@ INTERNVL_PTX_FN void store_rows(uint32_t tile, const tile::Rows& to, int64_t row
                       static_cast<int>(smaller(8, head_dim - chunk * 8)), aligned);
   }
 }
-
-// P and dS of one score, in place of s and dp. lse is +inf for rows without gradient.
-struct ScoreGrad {
-  float scale_log2;
-  float slope_log2;
-
-  template <bool kAlibi>
-  INTERNVL_PTX_FN void apply(float& s, float& dp, float lse_log2, float delta,
-                             float distance) const {
-    float x = ptx::fma(s, scale_log2, -lse_log2);
-    if (kAlibi) x = ptx::fma(-slope_log2, fabsf(distance), x);
-    s = ptx::ex2(x);
-    dp = s * (dp - delta);
-  }
-};
 
 }  // namespace internvl::sm80

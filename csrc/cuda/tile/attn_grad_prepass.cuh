@@ -1,4 +1,5 @@
-// Before and after the two big kernels of the backward.
+// Before and after the two big kernels of a backward. All take its Traits: each backward has copies
+// of its own, compiled for its own architecture.
 //
 // bwd_rows_kernel: delta = sum_d dO * O - grad_lse and lse in base 2 of every query row (padded to
 //   whole blocks; rows without a visible key get lse = +inf, so that their P vanishes), and what
@@ -11,13 +12,13 @@
 #include "common/prune.h"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/warp.cuh"
-#include "cuda/sm80/prefix_attn_bwd_traits.cuh"
+#include "cuda/tile/attn_grad.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/key_norms.cuh"
 #include "cuda/tile/key_summary.cuh"
 #include "cuda/tile/vector.cuh"
 
-namespace internvl::sm80 {
+namespace internvl::tile {
 
 constexpr int kRowThreads = 256;
 constexpr int kRowLanes = 8;  // per row
@@ -27,8 +28,8 @@ template <class T>
 INTERNVL_PTX_FN float chunk_dot(const T* a, bool a_aligned, const T* b, bool b_aligned, int64_t d,
                                 int64_t width) {
   float x[8], y[8], sum = 0.0f;
-  tile::unpack_vector<T>(x, tile::load_vector(a, d, width, a_aligned));
-  tile::unpack_vector<T>(y, tile::load_vector(b, d, width, b_aligned));
+  unpack_vector<T>(x, load_vector(a, d, width, a_aligned));
+  unpack_vector<T>(y, load_vector(b, d, width, b_aligned));
   INTERNVL_UNROLL
   for (int e = 0; e < 8; ++e) sum = ptx::fma(x[e], y[e], sum);
   return sum;
@@ -36,15 +37,17 @@ INTERNVL_PTX_FN float chunk_dot(const T* a, bool a_aligned, const T* b, bool b_a
 
 template <class T>
 INTERNVL_PTX_FN const T* element_row(const View& view, int64_t b, int64_t h, int64_t row) {
-  return reinterpret_cast<const T*>(tile::rows_of(view, b, h, row).data);
+  return reinterpret_cast<const T*>(rows_of(view, b, h, row).data);
 }
 
 struct BwdRowsShared {
   ptx::F32x2 norms[kRowThreads / 32];
 };
 
-template <class T, int kBlockM>
+template <class Traits>
 __global__ void __launch_bounds__(kRowThreads) bwd_rows_kernel(const BwdArgs args) {
+  using T = typename Traits::Element;
+  constexpr int kBlockM = Traits::kBlockM;
   const PrefixAttnParams& params = args.params;
   const int64_t tiles = args.padded_rows / kBlockM;
   const int64_t head = blockIdx.x / tiles, tile = blockIdx.x % tiles;
@@ -77,11 +80,11 @@ __global__ void __launch_bounds__(kRowThreads) bwd_rows_kernel(const BwdArgs arg
     if (!empty && args.grads.grad_lse) dot -= ptx::ld_global_nc(args.grads.grad_lse + place);
     if (lane == 0) {
       const int64_t padded = head * args.padded_rows + row;
-      ptx::st_global(args.lse_log2 + padded, empty ? INFINITY : lse * tile::kLog2e);
+      ptx::st_global(args.lse_log2 + padded, empty ? INFINITY : lse * kLog2e);
       ptx::st_global(args.delta + padded, empty ? 0.0f : dot);
     }
     if (!empty) {
-      q_norm = ptx::fmax(q_norm, tile::finite_norm(squares));
+      q_norm = ptx::fmax(q_norm, finite_norm(squares));
       lowest = lse < lowest ? lse : lowest == lowest && lse == lse ? lowest : -INFINITY;
     }
   }
@@ -105,16 +108,17 @@ __global__ void __launch_bounds__(kRowThreads) bwd_rows_kernel(const BwdArgs arg
 }
 
 // One warp a block.
-template <int kBlockM>
+template <class Traits>
 __global__ void __launch_bounds__(32) bwd_segments_kernel(const BwdArgs args) {
+  constexpr int kBlockM = Traits::kBlockM;
   const int64_t b = blockIdx.y, tile = blockIdx.x;
-  const tile::KeyMask mask = tile::key_mask(args.params, {}, 0, b);
+  const KeyMask mask = key_mask(args.params, {}, 0, b);
   int32_t lo = INT32_MAX, not_hi = INT32_MAX;  // ~x turns the largest into the smallest
   bool any_inside = false, all_inside = true;
   for (int r = static_cast<int>(threadIdx.x); r < kBlockM; r += 32) {
     const int64_t row = tile * kBlockM + r;
     if (row >= args.params.seqlen_q) continue;
-    const tile::QuerySegment own = tile::query_segment(mask, row);
+    const QuerySegment own = query_segment(mask, row);
     any_inside |= own.inside;
     all_inside &= own.inside;
     if (!own.inside) continue;
@@ -123,8 +127,8 @@ __global__ void __launch_bounds__(32) bwd_segments_kernel(const BwdArgs args) {
   }
   any_inside = ptx::vote_any(any_inside);
   all_inside = ptx::vote_all(all_inside);
-  lo = tile::warp_min(lo);
-  not_hi = tile::warp_min(not_hi);
+  lo = warp_min(lo);
+  not_hi = warp_min(not_hi);
   if (threadIdx.x == 0)
     ptx::st_global(args.row_segments + b * args.row_tiles + tile,
                    ptx::U32x4{static_cast<uint32_t>(lo), static_cast<uint32_t>(~not_hi),
@@ -132,21 +136,21 @@ __global__ void __launch_bounds__(32) bwd_segments_kernel(const BwdArgs args) {
 }
 
 // `count` sums of each head.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+template <class Traits>
+__global__ void __launch_bounds__(kSlopeThreads)
     bwd_slopes_kernel(const BwdArgs args, const int64_t count) {
   const float* sums = args.slope_sums + blockIdx.x * count;
   float total = 0.0f;
-  for (int64_t n = threadIdx.x; n < count; n += kThreads) total += ptx::ld_global_nc(sums + n);
+  for (int64_t n = threadIdx.x; n < count; n += kSlopeThreads) total += ptx::ld_global_nc(sums + n);
   INTERNVL_UNROLL
   for (int mask = 16; mask > 0; mask /= 2) total += ptx::shfl_bfly(total, mask);
   const uint32_t shared = ptx::dynamic_shared();
   if (threadIdx.x % 32 == 0) ptx::st_shared(shared + threadIdx.x / 32 * 4, total);
   ptx::sync_threads();
   if (threadIdx.x != 0) return;
-  for (int warp = 1; warp < kThreads / 32; ++warp)
+  for (int warp = 1; warp < kSlopeThreads / 32; ++warp)
     total += ptx::ld_shared<float>(shared + warp * 4);
   ptx::st_global(args.grads.dalibi_slopes + blockIdx.x, -total);
 }
 
-}  // namespace internvl::sm80
+}  // namespace internvl::tile
