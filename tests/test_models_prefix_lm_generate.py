@@ -1,8 +1,11 @@
 """generate of converted models: the prompt seen in both directions, every way of decoding the same as re-encoding."""
 
+import copy
+
 import pytest
 import torch
-from internvl_kernels.models.prefix_lm import convert_hf_causal_lm_to_prefix_lm
+import torch.nn.functional as F
+from internvl_kernels.models.prefix_lm import convert_hf_causal_lm_to_prefix_lm, prompt
 from transformers import DynamicCache, StaticCache
 
 from tests.hf_models import CONFIGS, FAMILIES, model_of
@@ -11,7 +14,6 @@ from tests.prefix_lm_reference import reference, reference_model
 NEW = 7
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9], [0, 0, 0, 7, 11, 13, 17, 19, 23]])
 REAL = (PROMPT != 0).long()
-NO_STATIC = ("mistral", "gemma3_text")  # their static caches drop a prefix older than the window: refused
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
 WAYS = {
     "dynamic": {},
@@ -55,8 +57,6 @@ def check(name, out, prefix=REAL):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("way", WAYS)
 def test_greedy_equals_encoding_everything(name, way):
-    if way == "static" and name in NO_STATIC:
-        pytest.skip("refused, see test_static_cache_with_windows_is_refused")
     out = {"return_dict_in_generate": True, "output_scores": True}
     check(name, converted(name).generate(PROMPT, attention_mask=REAL, **GREEDY, **WAYS[way], **out))
 
@@ -111,16 +111,16 @@ def test_sampling_with_a_seed_is_the_same_with_every_cache(name):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bloom", "llama"])
 def test_assisted_and_prompt_lookup_equal_greedy(name):
-    model, prompt = converted(name), torch.tensor([[3, 14, 15, 9, 3, 14, 15, 9, 3, 14]])
-    how = {**GREEDY, "eos_token_id": 96, "attention_mask": torch.ones_like(prompt)}  # transformers 4 wants an end
-    want = model.generate(prompt, **how)
-    lookup = model.generate(prompt, prompt_lookup_num_tokens=3, **how)
+    model, ids = converted(name), torch.tensor([[3, 14, 15, 9, 3, 14, 15, 9, 3, 14]])
+    how = {**GREEDY, "eos_token_id": 96, "attention_mask": torch.ones_like(ids)}  # transformers 4 wants an end
+    want = model.generate(ids, **how)
+    lookup = model.generate(ids, prompt_lookup_num_tokens=3, **how)
     assert torch.equal(lookup, want)
     assistant = converted(name, num_hidden_layers=1) if name != "bloom" else converted(name, n_layer=1)
-    helped = model.generate(prompt, assistant_model=assistant, **how)
+    helped = model.generate(ids, assistant_model=assistant, **how)
     assert torch.equal(helped, want)
     with pytest.raises(ValueError, match="assistant_model is not a prefix LM"):
-        model.generate(prompt, assistant_model=model_of(name), **how)
+        model.generate(ids, assistant_model=model_of(name), **how)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -149,13 +149,73 @@ def test_original_generate_is_causal():
         assert not torch.equal(model.generate(PROMPT, attention_mask=REAL, **GREEDY), want)
 
 
-def test_static_cache_with_windows_is_refused():
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+def test_static_cache_of_a_model_with_windows_keeps_every_key(name, monkeypatch):
+    """Named in the configuration, for embeddings, in beams, and when nothing says how long."""
+    made = []
+    monkeypatch.setattr(prompt, "StaticCache", lambda **how: made.append(StaticCache(**how)) or made[-1])
+    model, want = converted(name), by_encoding_everything(name, PROMPT, REAL, REAL)[0]
+    how = {"attention_mask": REAL, "disable_compile": True}
+    for place in (model.generation_config, copy.deepcopy(model.generation_config)):
+        place.update(cache_implementation="static", do_sample=False, pad_token_id=0)
+        out = model.generate(PROMPT, generation_config=place, max_new_tokens=NEW, **how)
+        assert torch.equal(out[:, -NEW:], want)
+        place.cache_implementation = None
+    how["cache_implementation"] = "static"
+    embeds = model.get_input_embeddings()(PROMPT)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **{**GREEDY, **how}), want)
+    assert torch.equal(model.generate(PROMPT, do_sample=False, max_length=9 + NEW, **how)[:, -NEW:], want)
+    assert torch.equal(model.generate(PROMPT, do_sample=False, **how)[:, 9 : 9 + NEW], want)
+    beams = {**GREEDY, "num_beams": 3, "attention_mask": REAL}
+    assert torch.equal(model.generate(PROMPT, **{**beams, **how}), model.generate(PROMPT, **beams))
+    assert len(made) == 6 and not any(sliding for cache in made for sliding in cache.is_sliding)
+    lookup = model.generate(
+        PROMPT[:1], prompt_lookup_num_tokens=3, eos_token_id=96, **{**GREEDY, **how, "attention_mask": REAL[:1]}
+    )
+    assert torch.equal(lookup[:, -NEW:], want[:1]) and len(made) == 6  # needs a cache that can be cut
+
+
+def test_caches_that_drop_a_prefix_are_refused():
     model = converted("mistral")
-    with pytest.raises(ValueError, match="cache_implementation is 'static' on a model with sliding windows"):
-        model.generate(PROMPT, attention_mask=REAL, **GREEDY, **WAYS["static"])
+    with pytest.raises(ValueError, match="cache_implementation is 'offloaded_static' on a model with sliding windows"):
+        model.generate(PROMPT, attention_mask=REAL, **GREEDY, cache_implementation="offloaded_static")
     cache = StaticCache(config=model.config, max_cache_len=32)
     with pytest.raises(ValueError, match="sliding-window layers, which drop the prefix"):
         model(PROMPT, bidirectional_mask=REAL, past_key_values=cache)
+
+
+def compiled_steps(model, tokens, start, **given):
+    """Logits of one token after the other on a static cache, from one compiled graph, and how many graphs it took."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    step, logits = torch.compile(model.forward, backend=backend, fullgraph=True), []
+    with torch.no_grad():
+        for at in range(start, tokens.shape[1]):
+            position = torch.full((tokens.shape[0], 1), at)
+            logits.append(step(tokens[:, at : at + 1], position_ids=position, use_cache=True, **given).logits)
+    return torch.cat(logits, 1), len(graphs)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "mistral", "llama"])
+def test_a_compiled_step_on_a_static_cache_is_reused(name):
+    """One graph serves every decoding step: nothing in it depends on how far the cache is filled."""
+    model = converted(name)
+    tokens = torch.randint(2, 80, (2, 14), generator=torch.Generator().manual_seed(0))
+    prefix, real = (torch.arange(14)[None].expand(2, -1) < 8).long(), torch.ones(2, 14, dtype=torch.long)
+    real[1, :2] = 0
+    whole = model(tokens, attention_mask=real, bidirectional_mask=prefix).logits
+    cache = prompt.full_cache(model, {"cache_implementation": "static", "max_new_tokens": 8}, 8)
+    with torch.no_grad():
+        masks = {"attention_mask": real[:, :8], "bidirectional_mask": prefix[:, :8]}
+        model(tokens[:, :8], past_key_values=cache, use_cache=True, **masks)
+    over_buffer = {"attention_mask": F.pad(real, (0, 2), value=1), "bidirectional_mask": F.pad(prefix, (0, 2))}
+    got, graphs = compiled_steps(model, tokens, 8, past_key_values=cache, **over_buffer)
+    torch.testing.assert_close(got, whole[:, 8:], atol=5e-5 * float(whole.abs().max()), rtol=0)
+    assert graphs <= 2
 
 
 def test_chunked_prefill_and_batches_are_refused():

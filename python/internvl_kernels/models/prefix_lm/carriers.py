@@ -42,7 +42,8 @@ def cache_sizes(past: Cache | None, seqlen_q: int) -> tuple[int | Tensor, int]:
     if any(getattr(past, "is_sliding", None) or ()):
         raise PrefixLMError(
             "past_key_values has sliding-window layers, which drop the prefix when it is older than the window; "
-            "use DynamicCache() without a config"
+            "use DynamicCache() without a config, or generate with cache_implementation='static', which builds one "
+            "without windows"
         )
     seen = past.get_seq_length()
     if past.is_compileable:

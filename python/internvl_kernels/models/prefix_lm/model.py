@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from .carriers import cache_sizes, carrier_of, check_bidirectional_mask, packed_segments
 from .families import family_of
 from .layers import install
-from .prompt import check_generation, has_window, prompt_mask, setting
+from .prompt import check_generation, full_cache, has_window, prompt_mask, setting
 
 
 class PrefixLM:
@@ -58,7 +58,10 @@ class PrefixLM:
             bidirectional_mask = prompt_mask(self, inputs, kwargs)
         cached = setting(self, kwargs, "use_cache") is not False
         if has_window(self.config) and cached and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = DynamicCache()  # without the config: its windows would drop the prefix
+            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            prompt = max((x.shape[1] for x in given if x is not None), default=1)
+            kwargs["past_key_values"] = full_cache(self, kwargs, prompt)
+            kwargs["cache_implementation"] = None  # done
         if bidirectional_mask is not None:
             kwargs["bidirectional_mask"] = bidirectional_mask
         return super().generate(inputs, kwargs.pop("generation_config"), *args, **kwargs)

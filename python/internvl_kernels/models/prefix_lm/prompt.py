@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .carriers import PrefixLMError
+
+DEFAULT_NEW = 20  # what transformers generates when nothing says how long
 
 
 def setting(model: PreTrainedModel, kwargs: dict, name: str):
@@ -25,10 +30,10 @@ def check_generation(model: PreTrainedModel, kwargs: dict) -> None:
             f"prefill_chunk_size is {chunk}; a prompt that is read in chunks cannot be seen in both directions"
         )
     cache = setting(model, kwargs, "cache_implementation")
-    if cache not in (None, "dynamic") and has_window(model.config):
+    if cache not in (None, "dynamic", "static") and has_window(model.config):
         raise PrefixLMError(
             f"cache_implementation is {cache!r} on a model with sliding windows: its cache drops a prefix that is "
-            "older than the window; allowed: 'dynamic'"
+            "older than the window; allowed: 'dynamic', 'static'"
         )
     assistant = kwargs.get("assistant_model")
     if assistant is not None and not getattr(assistant, "_prefix_lm_converted", False):
@@ -37,6 +42,20 @@ def check_generation(model: PreTrainedModel, kwargs: dict) -> None:
 
 def has_window(config) -> bool:
     return bool(getattr(config, "sliding_window", None))
+
+
+def full_cache(model: PreTrainedModel, kwargs: dict, prompt: int) -> Cache:
+    """A cache for a model with windows that keeps every key, as ``cache_implementation`` in ``kwargs`` asks for it.
+
+    transformers would give windowed layers a buffer as long as the window, which loses an older prefix.
+    """
+    assisted = kwargs.get("assistant_model") is not None or setting(model, kwargs, "prompt_lookup_num_tokens")
+    if setting(model, kwargs, "cache_implementation") != "static" or assisted:  # assistants take tokens back
+        return DynamicCache()
+    new, total = setting(model, kwargs, "max_new_tokens"), setting(model, kwargs, "max_length")
+    config = copy.deepcopy(model.config.get_text_config(decoder=True))
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    return StaticCache(config=config, max_cache_len=prompt + new if new else max(total or 0, prompt + DEFAULT_NEW))
 
 
 def prompt_mask(model: PreTrainedModel, inputs: Tensor | None, kwargs: dict) -> Tensor | None:
