@@ -17,19 +17,21 @@
 
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/mma.cuh"
-#include "cuda/sm80/prefix_attn_fwd_block.cuh"
+#include "cuda/sm80/prefix_attn_fwd_traits.cuh"
 #include "cuda/tile/online_softmax.cuh"
 
 namespace internvl::sm80 {
 
+using tile::FwdPlan, tile::FwdRow, tile::FwdRows, tile::kNeedsMask, tile::kRightOfQueries;
+
 template <class Traits>
-struct PrefixAttnFwd : FwdSchedule<Traits> {
-  using Base = FwdSchedule<Traits>;
+struct PrefixAttnFwd : tile::FwdSchedule<Traits, FwdShared<Traits>> {
+  using Base = tile::FwdSchedule<Traits, FwdShared<Traits>>;
   using Element = typename Traits::Element;
   using Layout = typename Traits::Layout;
   using Shared = FwdShared<Traits>;
-  using Base::kv_addr, Base::lane, Base::listed, Base::mask, Base::next_entry, Base::next_listed,
-      Base::plan, Base::q_addr, Base::thread;
+  using Base::lane, Base::listed, Base::mask, Base::next_entry, Base::next_listed, Base::plan,
+      Base::q_addr, Base::thread;
   static constexpr int kRows = Traits::kRows;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr uint32_t kSlotBytes = sizeof(Shared::kv) / Traits::kStages;
@@ -66,9 +68,23 @@ struct PrefixAttnFwd : FwdSchedule<Traits> {
     for (int i = 0; i < 2 * Traits::kDimTiles; ++i) f(o[r / 2][i / 2][r % 2 * 2 + i % 2]);
   }
 
+  INTERNVL_PTX_FN uint32_t kv_addr() const { return this->shared + offsetof(Shared, kv); }
   INTERNVL_PTX_FN float scale_log2() const { return plan.params.softmax_scale * tile::kLog2e; }
 
   // --- loads ---
+
+  INTERNVL_PTX_FN void load_q(const FwdRows& rows) const {
+    const typename Traits::QCopy q_copy(thread);
+    const View& q = plan.params.q;
+    const char* base = static_cast<const char*>(q.data) + rows.offset(q);
+    q_copy.load_rows(
+        q_addr(), this->head_dim(),
+        [&](int row) -> const char* {
+          return rows.exists(row) ? base + rows.offset(q, row) : nullptr;
+        },
+        base);
+    ptx::cp_async_commit_group();
+  }
 
   INTERNVL_PTX_FN uint32_t slot_after(uint32_t addr) const {
     addr += kSlotBytes;
@@ -81,7 +97,7 @@ struct PrefixAttnFwd : FwdSchedule<Traits> {
   // Starts the copy of an entry's K or V. Every call makes one group.
   INTERNVL_PTX_FN void load(uint32_t to, const char* head, const View& view, int32_t entry) const {
     if (entry >= 0) {
-      const int32_t j0 = entry / 4 * kBlockN;
+      const int32_t j0 = tile::entry_tile(entry) * kBlockN;
       const tile::Rows src{head + j0 * (view.stride_s * 2), view.stride_s * 2};
       if (entry & kNeedsMask) {
         const tile::KeyMask keys = mask();
@@ -182,7 +198,7 @@ struct PrefixAttnFwd : FwdSchedule<Traits> {
   // The bias of a tile on one side of its queries, one fma per score: the score becomes
   // scale_log2 * (s + side * slope / scale * column) + offset.
   INTERNVL_PTX_FN void linear_bias(int32_t entry, float (&offset)[kRows]) {
-    const float distance = distance_to(entry / 4 * kBlockN + 2 * (lane % 4));
+    const float distance = distance_to(tile::entry_tile(entry) * kBlockN + 2 * (lane % 4));
     const float inverse_scale = ptx::rcp(scale_log2());
     INTERNVL_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -249,7 +265,7 @@ struct PrefixAttnFwd : FwdSchedule<Traits> {
       load_k(slot_before(slot), next);
     else
       load_v(slot_before(slot), entry);
-    const int32_t j_lane = entry / 4 * kBlockN + 2 * (lane % 4);
+    const int32_t j_lane = tile::entry_tile(entry) * kBlockN + 2 * (lane % 4);
     uint32_t seen[kRows];
     if constexpr (kMasked) see_keys(j_lane, seen);
     qk_gemm();
@@ -279,7 +295,7 @@ struct PrefixAttnFwd : FwdSchedule<Traits> {
       const float lse = softmax.lse_log2(r) * tile::kLn2;
       lower = rows.exists(tile_row(r)) ? ptx::fmin(lower, lse) : lower;
     }
-    return this->block_min(lower);
+    return this->team_min(lower);
   }
 
   INTERNVL_PTX_FN void refill() {
@@ -329,7 +345,7 @@ struct PrefixAttnFwd : FwdSchedule<Traits> {
   }
 
   INTERNVL_PTX_FN void run() {
-    const FwdRows rows = this->describe_block();
+    const FwdRows rows = this->describe_block([&](const FwdRows& own) { load_q(own); });
     k = tile::rows_of(plan.params.k, rows.b, rows.head_kv).data;
     v = tile::rows_of(plan.params.v, rows.b, rows.head_kv).data;
     slot = kv_addr();

@@ -1,10 +1,7 @@
-// Tile sizes of the sm80 forward and the plan of one launch. Why these numbers: NOTES.md.
+// Tile sizes and shared memory of the sm80 forward. Why these numbers: NOTES.md.
 #pragma once
 
-#include "common/params.h"
-#include "cuda/ptx/types.cuh"
-#include "cuda/tile/copy.cuh"
-#include "cuda/tile/mask_tile.cuh"
+#include "cuda/tile/attn_fwd_schedule.cuh"
 
 namespace internvl::sm80 {
 
@@ -26,6 +23,8 @@ struct PrefixAttnFwdTraits {
   static constexpr int kColTiles = kBlockN / 8;            // 8-column tiles of the scores
   static constexpr int kDimTiles = kHeadDim / 8;           // 8-column tiles of the output
 
+  using Team = tile::Team<kThreads>;
+  static constexpr int kListEntries = kThreads;
   using Layout = tile::Swizzle<kHeadDim>;
   using QCopy = tile::TileCopy<kHeadDim, kBlockM, kThreads>;
   using KvCopy = tile::TileCopy<kHeadDim, kBlockN, kThreads>;
@@ -33,21 +32,20 @@ struct PrefixAttnFwdTraits {
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "compiled head dims: 32 to 256, step 32");
   static_assert(kBlockM % (16 * kWarps) == 0, "every warp holds whole 16-row tiles");
   static_assert(kStages == 2 || kStages == 3, "the loop loads one tile ahead, K and V in turn");
-  static_assert(kThreads >= kBlockM, "one thread per query row finds the row's norm");
+
+  INTERNVL_PTX_FN static uint32_t q_offset(int row, int chunk) {
+    return Layout::offset(row, chunk);
+  }
 };
 
-// What the host decided; passed by value.
-struct FwdPlan {
-  PrefixAttnParams params;
-  tile::KeySummaries summaries;
-  const float* key_norms = nullptr;  // [batch][heads_kv][tile_count], null: no distance pruning
-  float prune_threshold = 0.0f;
-  int tile_count = 0;  // of keys
-  int row_tiles = 0;   // of query rows
-  int pack = 1;   // query heads whose rows share a tile: row r is row r / pack of head r % pack
-  int heads = 0;  // (batch, query head) pairs, or (batch, KV head) pairs when packed
-  int heads_per_section = 0;  // their K and V fit the second-level cache together
-  bool out_aligned = false;   // 16-byte rows
+template <class Traits>
+struct FwdShared {
+  alignas(128) uint16_t q[Traits::kBlockM * Traits::kHeadDim];  // later the output
+  alignas(128) uint16_t kv[Traits::kStages][Traits::kBlockN * Traits::kHeadDim];  // K, V, K, ...
+  tile::FwdBlock block;
+  tile::FwdRow rows[Traits::kBlockM];
+  int32_t list[Traits::kListEntries];
+  int32_t words[Traits::kWarps];
 };
 
 }  // namespace internvl::sm80

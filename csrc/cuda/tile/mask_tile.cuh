@@ -89,6 +89,15 @@ INTERNVL_PTX_FN bool needs_key(const KeyMask& mask, int32_t j) {
                  causal_reaches(mask.p_first, mask.p_last, j, j + 1, mask.window));
 }
 
+// Does some query need every key of [j_lo, j_hi)? Exact for the compact form, else false.
+INTERNVL_PTX_FN bool needs_all_keys(const KeyMask& mask, int32_t j_lo, int32_t j_hi) {
+  if (mask.used || j_lo < mask.start || j_hi > mask.end) return false;
+  const int64_t first = larger(j_lo, mask.prefix_len);
+  return first >= j_hi ||
+         (causal_reaches(mask.p_first, mask.p_last, first, first + 1, mask.window) &&
+          causal_reaches(mask.p_first, mask.p_last, j_hi - 1, j_hi, mask.window));
+}
+
 // Query rows of a tile: their clamped positions, and the segments they hold.
 struct QueryTile {
   int32_t p_lo, p_hi;

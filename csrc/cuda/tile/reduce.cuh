@@ -1,4 +1,4 @@
-// Small reductions over the threads of a block, through one shared word per warp.
+// Small reductions over the threads of a team, through one shared word per warp.
 #pragma once
 
 #include "cuda/ptx/cvt.cuh"
@@ -6,6 +6,7 @@
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/warp.cuh"
+#include "cuda/tile/team.cuh"
 
 namespace internvl::tile {
 
@@ -19,32 +20,31 @@ INTERNVL_PTX_FN T warp_min(T x) {
   return x;
 }
 
-// The smallest value of the block. `words` (kWarps words) may be used again at once.
-template <int kWarps, class T>
-INTERNVL_PTX_FN T block_min(T x, uint32_t words) {
+// The smallest value of the team. `words` (one per warp) may be used again at once.
+template <class Team, class T>
+INTERNVL_PTX_FN T team_min(T x, uint32_t words) {
   static_assert(sizeof(T) == 4, "one word per warp");
   x = warp_min(x);
-  if (threadIdx.x % 32 == 0) ptx::st_shared(words + threadIdx.x / 32 * 4, x);
-  ptx::sync_threads();
+  if (Team::thread() % 32 == 0) ptx::st_shared(words + Team::thread() / 32 * 4, x);
+  Team::sync();
   INTERNVL_UNROLL
-  for (int warp = 0; warp < kWarps; ++warp) {
+  for (int warp = 0; warp < Team::kWarps; ++warp) {
     const T other = ptx::ld_shared<T>(words + warp * 4);
     x = other < x ? other : x;
   }
-  ptx::sync_threads();
+  Team::sync();
   return x;
 }
 
-// How many threads before this one keep something, and how many of the block.
+// How many threads before this one keep something, and how many of the team.
 struct Place {
   int index, count;
 };
 
 // `words` may be used again after the next barrier.
-template <int kWarps>
-INTERNVL_PTX_FN Place block_place(bool keeps, uint32_t words) {
-  const int lane = static_cast<int>(threadIdx.x) % 32,
-            own_warp = static_cast<int>(threadIdx.x) / 32;
+template <class Team>
+INTERNVL_PTX_FN Place team_place(bool keeps, uint32_t words) {
+  const int lane = Team::thread() % 32, own_warp = Team::thread() / 32;
   int upto = keeps;  // becomes the number of keeping lanes up to this one
   INTERNVL_UNROLL
   for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -52,10 +52,10 @@ INTERNVL_PTX_FN Place block_place(bool keeps, uint32_t words) {
     if (lane >= lanes) upto += before;
   }
   if (lane == 31) ptx::st_shared(words + own_warp * 4, upto);
-  ptx::sync_threads();
+  Team::sync();
   Place place{upto - keeps, 0};
   INTERNVL_UNROLL
-  for (int warp = 0; warp < kWarps; ++warp) {
+  for (int warp = 0; warp < Team::kWarps; ++warp) {
     const int kept = ptx::ld_shared<int>(words + warp * 4);
     if (warp < own_warp) place.index += kept;
     place.count += kept;

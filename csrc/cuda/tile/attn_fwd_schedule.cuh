@@ -1,14 +1,28 @@
-// What a block of the sm80 forward knows about itself, kept in shared memory so that the registers
-// are free for tiles: its query rows, the mask of its batch row, and the list of key tiles that it
+// What a block of a forward knows about itself, kept in shared memory so that the registers are
+// free for tiles: its query rows, the mask of its batch row, and the list of key tiles that it
 // visits.
 #pragma once
 
 #include "common/prune.h"
-#include "cuda/ptx/sync.cuh"
-#include "cuda/sm80/prefix_attn_fwd_traits.cuh"
+#include "cuda/tile/copy.cuh"
+#include "cuda/tile/mask_tile.cuh"
 #include "cuda/tile/reduce.cuh"
 
-namespace internvl::sm80 {
+namespace internvl::tile {
+
+// What the host decided; passed by value.
+struct FwdPlan {
+  PrefixAttnParams params;
+  KeySummaries summaries;
+  const float* key_norms = nullptr;  // [batch][heads_kv][tile_count], null: no distance pruning
+  float prune_threshold = 0.0f;
+  int tile_count = 0;  // of keys
+  int row_tiles = 0;   // of query rows
+  int pack = 1;   // query heads whose rows share a tile: row r is row r / pack of head r % pack
+  int heads = 0;  // (batch, query head) pairs, or (batch, KV head) pairs when packed
+  int heads_per_section = 0;  // their K and V fit the second-level cache together
+  bool out_aligned = false;   // 16-byte rows
+};
 
 // Where the query rows lie: row r of the tile is query (rest0 + r) / pack after query0, head
 // (rest0 + r) % pack after head0.
@@ -32,8 +46,8 @@ struct FwdRows {
 
 struct alignas(16) FwdBlock {
   FwdRows rows;
-  tile::KeyMask mask;
-  tile::QueryTile query_tile;
+  KeyMask mask;
+  QueryTile query_tile;
   int64_t position0;                  // of query0, not clamped
   int32_t nearest, left, candidates;  // first key tile of the walk; tiles from it leftward; all
   float cutoff_slope;                 // smallest slope of the block; 0: no distance pruning
@@ -50,29 +64,27 @@ struct alignas(16) FwdRow {
   int16_t inside;  // has a segment
 };
 
-// List entries: key tile * 4, plus
+// List entries: key tile * 8, plus
 constexpr int32_t kNeedsMask = 1;
 constexpr int32_t kRightOfQueries = 2;
+constexpr int32_t kUnseenKeys = 4;  // perhaps: keys that no query sees, see needs_key
 
-template <class Traits>
-struct FwdShared {
-  alignas(128) uint16_t q[Traits::kBlockM * Traits::kHeadDim];  // later the output
-  alignas(128) uint16_t kv[Traits::kStages][Traits::kBlockN * Traits::kHeadDim];  // K, V, K, ...
-  FwdBlock block;
-  FwdRow rows[Traits::kBlockM];
-  int32_t list[Traits::kThreads];
-  int32_t words[Traits::kWarps];  // one per warp, for reductions
-};
+INTERNVL_PTX_FN int32_t entry_tile(int32_t entry) { return entry / 8; }
 
 // Steeper slopes take the exact bias: beside the far keys' linear bias, the near keys' scores would
 // lose their last bits.
 constexpr float kMaxFastSlope = 16.0f;
 constexpr float kMinFastScale = 9.5367432e-7f;  // 2^-20: slope / scale stays moderate
 
-template <class Traits>
+// Shared holds q (chunk c of row r at Traits::q_offset(r, c)), block, rows, list (an entry per
+// thread of the team) and words (one per warp). Traits::Team runs the schedule; it has a thread per
+// row.
+template <class Traits, class Shared>
 struct FwdSchedule {
-  using Shared = FwdShared<Traits>;
+  using Team = typename Traits::Team;
   static constexpr int kBlockN = Traits::kBlockN;
+  static_assert(Team::kThreads >= Traits::kBlockM && Team::kThreads >= Traits::kListEntries,
+                "thread t describes row t, and judges tile t of a list");
 
   const FwdPlan& plan;
   const uint32_t shared;
@@ -81,22 +93,18 @@ struct FwdSchedule {
   int listed = 0, next_listed = 0;
 
   INTERNVL_PTX_FN explicit FwdSchedule(const FwdPlan& launch)
-      : plan(launch),
-        shared(ptx::dynamic_shared()),
-        thread(static_cast<int>(threadIdx.x)),
-        lane(thread % 32) {}
+      : plan(launch), shared(ptx::dynamic_shared()), thread(Team::thread()), lane(thread % 32) {}
 
   INTERNVL_PTX_FN uint32_t q_addr() const { return shared + offsetof(Shared, q); }
-  INTERNVL_PTX_FN uint32_t kv_addr() const { return shared + offsetof(Shared, kv); }
   INTERNVL_PTX_FN uint32_t words() const { return shared + offsetof(Shared, words); }
   INTERNVL_PTX_FN uint32_t block_addr() const { return shared + offsetof(Shared, block); }
   INTERNVL_PTX_FN int head_dim() const { return static_cast<int>(plan.params.head_dim); }
 
   INTERNVL_PTX_FN FwdRows rows() const {
-    return tile::load_struct<FwdRows>(block_addr() + offsetof(FwdBlock, rows));
+    return load_struct<FwdRows>(block_addr() + offsetof(FwdBlock, rows));
   }
-  INTERNVL_PTX_FN tile::KeyMask mask() const {
-    return tile::load_struct<tile::KeyMask>(block_addr() + offsetof(FwdBlock, mask));
+  INTERNVL_PTX_FN KeyMask mask() const {
+    return load_struct<KeyMask>(block_addr() + offsetof(FwdBlock, mask));
   }
   INTERNVL_PTX_FN int64_t position0() const {
     return ptx::ld_shared<int64_t>(block_addr() + offsetof(FwdBlock, position0));
@@ -105,8 +113,8 @@ struct FwdSchedule {
     return ptx::ld_shared<FwdRow>(shared + offsetof(Shared, rows) + tile_row * sizeof(FwdRow));
   }
   template <class T>
-  INTERNVL_PTX_FN T block_min(T x) const {
-    return tile::block_min<Traits::kWarps>(x, words());
+  INTERNVL_PTX_FN T team_min(T x) const {
+    return tile::team_min<Team>(x, words());
   }
 
   // Sections of heads one after the other; within one, the last query tiles (which see most keys)
@@ -136,44 +144,31 @@ struct FwdSchedule {
     return rows;
   }
 
-  INTERNVL_PTX_FN void load_q(const FwdRows& rows) const {
-    const typename Traits::QCopy copy(thread);
-    const View& q = plan.params.q;
-    const char* base = static_cast<const char*>(q.data) + rows.offset(q);
-    copy.load_rows(
-        q_addr(), head_dim(),
-        [&](int row) -> const char* {
-          return rows.exists(row) ? base + rows.offset(q, row) : nullptr;
-        },
-        base);
-    ptx::cp_async_commit_group();
-  }
-
   // Thread t describes row t.
   INTERNVL_PTX_FN void describe_rows(FwdBlock& block) const {
     const FwdRows& rows = block.rows;
     const int own = rows.exists(thread) ? thread : 0;
     const int64_t query = rows.query0 + rows.query(own);
-    const tile::QuerySegment segment = tile::query_segment(block.mask, query);
+    const QuerySegment segment = query_segment(block.mask, query);
     if (thread < Traits::kBlockM) {
       FwdRow row;
       row.slope_log2 = 0.0f;
       if (const float* slopes = plan.params.alibi_slopes)
-        row.slope_log2 = ptx::ld_global_nc(slopes + rows.head0 + rows.head(own)) * tile::kLog2e;
-      row.p = tile::clamped_position(block.mask, query);
+        row.slope_log2 = ptx::ld_global_nc(slopes + rows.head0 + rows.head(own)) * kLog2e;
+      row.p = clamped_position(block.mask, query);
       row.segment = segment.id;
       row.offset = static_cast<int16_t>(rows.query(own));
       row.inside = segment.inside;
       ptx::st_shared(shared + offsetof(Shared, rows) + thread * sizeof(FwdRow), row);
     }
-    tile::QueryTile& tile = block.query_tile;
-    tile.p_lo = tile::clamped_position(block.mask, rows.query0);
-    tile.p_hi = tile::clamped_position(block.mask, rows.query0 + rows.last);
+    QueryTile& tile = block.query_tile;
+    tile.p_lo = clamped_position(block.mask, rows.query0);
+    tile.p_hi = clamped_position(block.mask, rows.query0 + rows.last);
     if (!block.mask.segments) return;
-    tile.any_inside = ptx::sync_threads_or(segment.inside);
-    tile.all_inside = ptx::sync_threads_and(segment.inside);
-    tile.segment_lo = block_min(segment.inside ? segment.id : INT32_MAX);
-    tile.segment_hi = ~block_min(segment.inside ? ~segment.id : INT32_MAX);
+    tile.any_inside = team_min(segment.inside ? 0 : 1) == 0;
+    tile.all_inside = team_min(segment.inside ? 1 : 0) == 1;
+    tile.segment_lo = team_min(segment.inside ? segment.id : INT32_MAX);
+    tile.segment_hi = ~team_min(segment.inside ? ~segment.id : INT32_MAX);
   }
 
   INTERNVL_PTX_FN void find_bias(FwdBlock& block) const {
@@ -192,22 +187,21 @@ struct FwdSchedule {
 
   // |q| of the longest row, from shared memory.
   INTERNVL_PTX_FN float find_q_norm() const {
-    using Layout = typename Traits::Layout;
     float norm = 0.0f;
     if (thread < Traits::kBlockM) {
       float sum = 0.0f;
-      for (int chunk = 0; chunk < Layout::kChunks; ++chunk)
-        sum += tile::chunk_squares<typename Traits::Element>(
-            ptx::ld_shared<ptx::U32x4>(q_addr() + Layout::offset(thread, chunk)));
+      for (int chunk = 0; chunk < Traits::kHeadDim / 8; ++chunk)
+        sum += chunk_squares<typename Traits::Element>(
+            ptx::ld_shared<ptx::U32x4>(q_addr() + Traits::q_offset(thread, chunk)));
       norm = prune_norm(sum);
     }
-    return -block_min(norm < INFINITY ? -norm : -INFINITY);
+    return -team_min(norm < INFINITY ? -norm : -INFINITY);
   }
 
   // Key tiles that some row may see, nearest first.
   INTERNVL_PTX_FN void find_walk(FwdBlock& block) const {
-    const tile::KeyMask& mask = block.mask;
-    const tile::QueryTile& tile = block.query_tile;
+    const KeyMask& mask = block.mask;
+    const QueryTile& tile = block.query_tile;
     int32_t begin = 0, end = mask.seqlen_k;
     if (!mask.flags) {
       end = static_cast<int32_t>(visible_key_end(tile.p_hi, mask.prefix_len, mask.end));
@@ -224,12 +218,13 @@ struct FwdSchedule {
     block.candidates = last - first + 1;
   }
 
-  // Starts the copy of Q and fills the description. Returns (batch row, KV head).
-  INTERNVL_PTX_FN FwdRows describe_block() {
+  // Fills the description. load_q(rows) starts copies of Q by this thread.
+  template <class LoadQ>
+  INTERNVL_PTX_FN FwdRows describe_block(LoadQ load_q) {
     FwdBlock block;
     block.rows = find_rows();
     load_q(block.rows);
-    block.mask = tile::key_mask(plan.params, plan.summaries, plan.tile_count, block.rows.b);
+    block.mask = key_mask(plan.params, plan.summaries, plan.tile_count, block.rows.b);
     block.position0 = query_position(block.mask.first_position, block.rows.query0);
     describe_rows(block);
     find_bias(block);
@@ -237,11 +232,11 @@ struct FwdSchedule {
     block.q_norm = 0.0f;
     if (block.cutoff_slope > 0.0f) {
       ptx::cp_async_wait_group<0>();
-      ptx::sync_threads();
+      Team::sync();
       block.q_norm = find_q_norm();
     }
-    if (thread == 0) tile::store_struct(block_addr(), block);
-    ptx::sync_threads();
+    if (thread == 0) store_struct(block_addr(), block);
+    Team::sync();
     return block.rows;
   }
 
@@ -249,8 +244,8 @@ struct FwdSchedule {
   INTERNVL_PTX_FN int32_t judge(const FwdBlock& block, int step, float lower) const {
     const int key_tile =
         step < block.left ? block.nearest - step : block.nearest + 1 + (step - block.left);
-    const tile::QueryTile& tile = block.query_tile;
-    const TileClass tile_class = tile::classify_padded(block.mask, tile, key_tile, kBlockN);
+    const QueryTile& tile = block.query_tile;
+    const TileClass tile_class = classify_padded(block.mask, tile, key_tile, kBlockN);
     if (tile_class == kTileEmpty) return -1;
     const int32_t j_lo = key_tile * kBlockN;
     const int32_t j_hi =
@@ -264,8 +259,10 @@ struct FwdSchedule {
     }
     const bool is_left = j_hi - 1 <= tile.p_lo;
     const bool linear = !plan.params.alibi_slopes || is_left || j_lo >= tile.p_hi;
-    return key_tile * 4 + (is_left ? 0 : kRightOfQueries) +
-           (tile_class == kTileFull && block.fast && linear ? 0 : kNeedsMask);
+    const bool full = tile_class == kTileFull;
+    return key_tile * 8 + (is_left ? 0 : kRightOfQueries) +
+           (full && block.fast && linear ? 0 : kNeedsMask) +
+           (full || needs_all_keys(block.mask, j_lo, j_hi) ? 0 : kUnseenKeys);
   }
 
   // Looks at the next tiles of the walk, one per thread, until some enter the list or none is left.
@@ -275,18 +272,19 @@ struct FwdSchedule {
   INTERNVL_PTX_FN void refill(LowerBound lower_bound) {
     listed = next_listed = 0;
     if (taken == ptx::ld_shared<int32_t>(block_addr() + offsetof(FwdBlock, candidates))) return;
-    const FwdBlock block = tile::load_struct<FwdBlock>(block_addr());
+    const FwdBlock block = load_struct<FwdBlock>(block_addr());
     const bool prunes = block.cutoff_slope > 0.0f;
     const float lower = prunes && taken > 0 ? lower_bound(block.rows) : -INFINITY;
     while (listed == 0 && taken < block.candidates) {
-      const int wanted = prunes && taken == 0 ? Traits::kBlockM / kBlockN + 2 : Traits::kThreads;
+      const int wanted =
+          prunes && taken == 0 ? Traits::kBlockM / kBlockN + 2 : Traits::kListEntries;
       const int rest = block.candidates - taken;
       const int round = rest < wanted ? rest : wanted;
       const int32_t entry = thread < round ? judge(block, taken + thread, lower) : -1;
-      const tile::Place place = tile::block_place<Traits::kWarps>(entry >= 0, words());
+      const Place place = team_place<Team>(entry >= 0, words());
       if (entry >= 0) ptx::st_shared(shared + offsetof(Shared, list) + place.index * 4, entry);
       listed = place.count;
-      ptx::sync_threads();
+      Team::sync();
       taken += round;
     }
   }
@@ -298,4 +296,4 @@ struct FwdSchedule {
   }
 };
 
-}  // namespace internvl::sm80
+}  // namespace internvl::tile
