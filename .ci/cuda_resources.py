@@ -4,7 +4,9 @@ usage: python .ci/cuda_resources.py [LIBRARY]        (make cuda-report)
 
 Reads the machine code with cuobjdump, which the Triton wheel brings; no GPU, no driver. Fails when a main attention
 kernel spills in its hot loop or spills more than a few words anywhere, and when the code of an architecture that the
-build asked for is missing.
+build asked for is missing. Of a Hopper kernel (sm_90a) it wants more: wgmma and tensor copies in the code, no spill at
+all, products that the assembler did not serialise, and setmaxnreg that it did not ignore, within the registers that a
+block starts with. (Shared memory is dynamic: the launches assert at compile time that it stays within 227 KiB.)
 """
 
 import re
@@ -18,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = re.compile(r"prefix_attn_(fwd|bwd_kv|bwd_q)_kernel")
 FEW_SPILLS = 8  # loads and stores outside of the hot loop: once per block
-COUNTED = ("HMMA", "LDSM", "MUFU", "FFMA", "FMNMX", "FADD", "FMUL", "LDGSTS", "BAR")
+REGISTER_FILE = 65536
+COUNTED = ("HMMA", "HGMMA", "UTMALDG", "LDSM", "MUFU", "FFMA", "FMNMX", "FADD", "FMUL", "LDGSTS", "BAR")
 
 
 def cuobjdump():
@@ -69,16 +72,20 @@ def machine_code(library):
     return code
 
 
+def is_product(text):
+    return "HMMA" in text or "HGMMA" in text
+
+
 def hot_loop(instructions):
     """The smallest loop that holds a quarter of the kernel's tensor-core instructions, or nothing."""
-    total = sum("HMMA" in text for _, text in instructions)
+    total = sum(is_product(text) for _, text in instructions)
     best = None
     for end, text in instructions:
-        found = re.search(r"\bBRA (?:\S+, )?0x([0-9a-f]+)", text)
+        found = re.search(r"\bBRA(?:\.\w+)* (?:\S+, )?0x([0-9a-f]+)", text)
         if not found or int(found.group(1), 16) >= end:
             continue
         body = [t for a, t in instructions if int(found.group(1), 16) <= a <= end]
-        if 4 * sum("HMMA" in t for t in body) >= total > 0 and (best is None or len(body) < len(best)):
+        if 4 * sum(is_product(t) for t in body) >= total > 0 and (best is None or len(body) < len(best)):
             best = body
     return best or []
 
@@ -91,6 +98,33 @@ def opcodes(instructions):
 def spill_count(instructions):
     counts = opcodes(instructions)
     return counts["LDL"] + counts["STL"]
+
+
+def hopper_failures(registers, instructions):
+    """What a kernel with roles on TMA and wgmma must not look like."""
+    texts = [text for _, text in instructions]
+    counts = opcodes(texts)
+    products = [text for text in texts if "HGMMA" in text]
+    ends = sum("gsb0" in text for text in products)  # of groups; a serialised product is a group of its own
+    budgets = {}
+    for text in texts:
+        if found := re.search(r"USETMAXREG\.(TRY_ALLOC|DEALLOC)\S* .*?0x([0-9a-f]+)", text):
+            budgets[found.group(1)] = int(found.group(2), 16)
+    failures = []
+    if not products or not counts["UTMALDG"]:
+        failures.append(f"{len(products)} wgmma and {counts['UTMALDG']} tensor loads")
+    if 3 * ends > len(products):
+        failures.append(f"{ends} groups of {len(products)} wgmma: they were serialised")
+    if spills := counts["LDL"] + counts["STL"]:
+        failures.append(f"{spills} spills")
+    if set(budgets) != {"TRY_ALLOC", "DEALLOC"}:
+        failures.append("no setmaxnreg: it was ignored")
+    else:
+        warpgroups = REGISTER_FILE // (128 * registers)
+        needed = budgets["DEALLOC"] + (warpgroups - 1) * budgets["TRY_ALLOC"]
+        if needed > warpgroups * registers:  # of one thread per warpgroup
+            failures.append(f"its roles wait for {needed} registers; it starts with {warpgroups * registers}")
+    return failures
 
 
 def asked_for():
@@ -119,10 +153,12 @@ def main():
         print(f"{arch:<6} {short(name):<44} {registers:>4} {stack:>5} {spills:>5} {len(instructions):>6}   {text}")
         if MAIN.search(name) and (spill_count(loop) or spills > FEW_SPILLS):
             failures.append(f"{short(name)} on {arch}: {spills} spills, {spill_count(loop)} of them in the hot loop")
+        if MAIN.search(name) and arch.endswith("a"):
+            failures += [f"{short(name)} on {arch}: {what}" for what in hopper_failures(registers, instructions)]
     missing = asked_for() - {arch for arch, _ in code} if len(sys.argv) < 2 else set()
     failures += [f"no machine code for {arch}" for arch in sorted(missing)]
     if failures:
-        sys.exit("\n".join(["cuda_resources: main attention kernels must not spill", *failures]))
+        sys.exit("\n".join(["cuda_resources: the compiled kernels are not what they should be", *failures]))
 
 
 if __name__ == "__main__":

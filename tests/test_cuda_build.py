@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from internvl_kernels import backends, registration
+from internvl_kernels import backends, env, registration
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = registration.build_info().get("cuda")
@@ -26,6 +26,23 @@ def test_fp32_attention_is_refused_with_a_reason():
     assert set(cuda.op_reasons("clip_qk_layernorm", "cuda", torch.float32)) == set(cuda.here())
     with pytest.raises(NotImplementedError, match=r"prefix_attn with torch\.float32"):
         backends.select("prefix_attn", torch.empty(1), "cuda")
+
+
+@pytest.mark.parametrize(
+    "archs,capability,kernels",
+    (
+        ("80-real,90-real,90a-real,90-virtual", (9, 0), "sm90"),
+        ("80-real,90-real,90a-real,90-virtual", (8, 0), "sm80"),
+        ("80-real,90-real,90a-real,90-virtual", (10, 0), "sm80"),
+        ("80-real,90-real,90-virtual", (9, 0), "sm80"),
+    ),
+)
+def test_the_report_names_the_kernels_of_a_device(monkeypatch, archs, capability, kernels):
+    monkeypatch.setattr(registration, "build_info", lambda: {"cuda": True, "cuda_archs": archs})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a device")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert env.report()["cuda_devices"] == [f"a device, {capability[0]}.{capability[1]}, {kernels} kernels"]
 
 
 @pytest.mark.skipif(not BUILT, reason="built without nvcc")

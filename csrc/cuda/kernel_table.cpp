@@ -1,7 +1,11 @@
 #include "cuda/kernel_table.h"
 
+#include <set>
+#include <type_traits>
+
 #include "cuda/sm80/prefix_attn_bwd.h"
 #include "cuda/sm80/prefix_attn_fwd.h"
+#include "cuda/sm90/prefix_attn_fwd.h"
 
 namespace internvl {
 namespace ptx {
@@ -12,11 +16,15 @@ struct Fp16;
 namespace cuda {
 namespace {
 
+template <class T>
+constexpr DType kDType = std::is_same_v<T, ptx::Bf16> ? DType::kBFloat16 : DType::kFloat16;
+
 template <class T, int kHeadDim>
-constexpr AttnKernels sm80_row(DType dtype) {
+constexpr AttnKernels sm80_row() {
   return {"sm80",
           80,
-          dtype,
+          0,
+          kDType<T>,
           kHeadDim,
           &sm80::prefix_attn_fwd_workspace_bytes<T, kHeadDim>,
           &sm80::prefix_attn_fwd<T, kHeadDim>,
@@ -24,35 +32,63 @@ constexpr AttnKernels sm80_row(DType dtype) {
           &sm80::prefix_attn_bwd<T, kHeadDim>};
 }
 
-#define INTERNVL_BF16(head_dim) sm80_row<ptx::Bf16, head_dim>(DType::kBFloat16),
-#define INTERNVL_FP16(head_dim) sm80_row<ptx::Fp16, head_dim>(DType::kFloat16),
+template <class T, int kHeadDim>
+constexpr AttnKernels sm90_row() {
+  return {"sm90",
+          90,
+          90,
+          kDType<T>,
+          kHeadDim,
+          &sm90::prefix_attn_fwd_workspace_bytes<T, kHeadDim>,
+          &sm90::prefix_attn_fwd<T, kHeadDim>,
+          nullptr,
+          nullptr};
+}
+
+#define INTERNVL_SM80(T, head_dim) sm80_row<ptx::T, head_dim>(),
+#define INTERNVL_SM90(T, head_dim) sm90_row<ptx::T, head_dim>(),
 const AttnKernels kAttnKernels[] = {
 #include "kernel_rows.inc"
 };
-#undef INTERNVL_BF16
-#undef INTERNVL_FP16
+#undef INTERNVL_SM80
+#undef INTERNVL_SM90
+
+bool runs_on(const AttnKernels& row, const DeviceInfo& device) {
+  const int capability = device.compute_capability;
+  return capability >= row.min_compute_capability &&
+         (row.max_compute_capability == 0 || capability <= row.max_compute_capability);
+}
+
+bool better(const AttnKernels& row, const AttnKernels* best) {
+  if (best == nullptr) return true;
+  if (row.min_compute_capability != best->min_compute_capability)
+    return row.min_compute_capability > best->min_compute_capability;
+  return row.head_dim < best->head_dim;
+}
 
 }  // namespace
 
 const AttnKernels* find_attn_kernels(const PrefixAttnParams& params, const DeviceInfo& device,
-                                     std::string* reason) {
+                                     Pass pass, std::string* reason) {
   if (params.dtype == DType::kFloat32) {
     *reason = "dtype Float; the CUDA kernels take BFloat16 and Half (backend='triton' takes Float)";
     return nullptr;
   }
   const AttnKernels* best = nullptr;
-  std::string head_dims;
+  std::set<int> head_dims;
   for (const AttnKernels& row : kAttnKernels) {
-    if (row.dtype != params.dtype || device.compute_capability < row.min_compute_capability)
-      continue;
-    head_dims += (head_dims.empty() ? "" : ", ") + std::to_string(row.head_dim);
-    if (row.head_dim >= params.head_dim && (best == nullptr || row.head_dim < best->head_dim))
-      best = &row;
+    const bool has_pass = pass == Pass::kForward ? row.fwd != nullptr : row.bwd != nullptr;
+    if (row.dtype != params.dtype || !has_pass || !runs_on(row, device)) continue;
+    head_dims.insert(row.head_dim);
+    if (row.head_dim >= params.head_dim && better(row, best)) best = &row;
   }
-  if (best == nullptr)
-    *reason = "head_dim is " + std::to_string(params.head_dim) + "; compiled: " + head_dims +
-              " (INTERNVL_HEAD_DIMS), each for itself and everything smaller";
-  return best;
+  if (best != nullptr) return best;
+  std::string compiled;
+  for (int head_dim : head_dims)
+    compiled += (compiled.empty() ? "" : ", ") + std::to_string(head_dim);
+  *reason = "head_dim is " + std::to_string(params.head_dim) + "; compiled: " + compiled +
+            " (INTERNVL_HEAD_DIMS), each for itself and everything smaller";
+  return nullptr;
 }
 
 }  // namespace cuda

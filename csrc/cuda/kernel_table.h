@@ -1,7 +1,10 @@
 // The support matrix of the attention kernels: (architecture, dtype, head dim) -> launch functions.
-// A head dim is served by the smallest compiled one that holds it, padded with zeros on the way
-// into shared memory. The rows come from INTERNVL_HEAD_DIMS (CMakeLists.txt renders one instance
-// file per operator, dtype and head dim).
+// The rows come from INTERNVL_HEAD_DIMS (CMakeLists.txt renders one instance file per architecture,
+// operator, dtype and head dim).
+//
+// Which row serves a call, forward and backward each for itself: of those that run on the device,
+// take the dtype and hold the head dim (padded with zeros on the way into shared memory), the ones
+// of the newest architecture, and of these the smallest head dim.
 #pragma once
 
 #include <cstdint>
@@ -15,10 +18,14 @@ namespace internvl::cuda {
 
 constexpr int kMinComputeCapability = 80;
 
-// Each pair: bytes of working memory, launch. `workspace` is 256-byte aligned.
+enum class Pass { kForward, kBackward };
+
+// Each pair: bytes of working memory, launch; null: the row has no such kernel. `workspace` is
+// 256-byte aligned.
 struct AttnKernels {
   const char* arch;
-  int min_compute_capability;  // and every newer device
+  int min_compute_capability;
+  int max_compute_capability;  // 0: none
   DType dtype;
   int head_dim;
   int64_t (*fwd_bytes)(const PrefixAttnParams&, const DeviceInfo&);
@@ -30,6 +37,6 @@ struct AttnKernels {
 
 // The kernels for a call, or null; `reason` then says why.
 const AttnKernels* find_attn_kernels(const PrefixAttnParams& params, const DeviceInfo& device,
-                                     std::string* reason);
+                                     Pass pass, std::string* reason);
 
 }  // namespace internvl::cuda

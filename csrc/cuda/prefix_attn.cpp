@@ -9,9 +9,10 @@
 namespace internvl::cuda {
 namespace {
 
-const AttnKernels& kernels_for(const PrefixAttnParams& params, const DeviceInfo& device) {
+const AttnKernels& kernels_for(const PrefixAttnParams& params, const DeviceInfo& device,
+                               Pass pass) {
   std::string reason;
-  const AttnKernels* row = find_attn_kernels(params, device, &reason);
+  const AttnKernels* row = find_attn_kernels(params, device, pass, &reason);
   if (!row) throw std::invalid_argument("prefix_attn: " + reason);
   return *row;
 }
@@ -25,7 +26,7 @@ std::tuple<Tensor, Tensor> prefix_attn(Tensor q, Tensor k, Tensor v, OptionalTen
   PrefixAttnTensors tensors{q,           k,         v,           prefix_len,  key_range,
                             query_start, key_flags, segment_ids, alibi_slopes};
   PrefixAttnParams params = check_prefix_attn(tensors, softmax_scale, window);
-  const AttnKernels& kernels = kernels_for(params, call.device());
+  const AttnKernels& kernels = kernels_for(params, call.device(), Pass::kForward);
   const auto outputs = new_prefix_attn_outputs(q, &params);
   if (std::get<1>(outputs).numel() == 0) return outputs;
   void* workspace = call.workspace(kernels.fwd_bytes(params, call.device()));
@@ -42,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_attn_backward(
   PrefixAttnTensors tensors{q,           k,         v,           prefix_len,  key_range,
                             query_start, key_flags, segment_ids, alibi_slopes};
   PrefixAttnParams params = check_prefix_attn(tensors, softmax_scale, window);
-  const AttnKernels& kernels = kernels_for(params, call.device());
+  const AttnKernels& kernels = kernels_for(params, call.device(), Pass::kBackward);
   PrefixAttnBackwardCall backward(tensors, grad_out, grad_lse, out, lse, &params);
   void* workspace = call.workspace(kernels.bwd_bytes(params, backward.grads, call.device()));
   raise(kernels.bwd(params, backward.grads, call.device(), workspace, call.stream()));

@@ -72,6 +72,12 @@ def _compute_capabilities() -> tuple[tuple[int, int], ...]:
 _compute_capabilities._dynamo_marked_constant = True
 
 
+def cuda_kernels(capability: tuple[int, int]) -> str:
+    """Which attention kernels a device prefers, the newest that it runs: the rule of csrc/cuda/kernel_table.h."""
+    hopper = any(arch.startswith("90a") for arch in registration.build_info().get("cuda_archs", "").split(","))
+    return "sm90" if hopper and capability == (9, 0) else "sm80"
+
+
 def _interpreted() -> bool:
     """Triton's kernels run in its interpreter, on CPU tensors: for tests, so only when the backend is asked for."""
     return variables.triton_interpret()

@@ -20,6 +20,14 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _device(index: int) -> str:
+    """A CUDA device, its compute capability, and which kernels serve it."""
+    major, minor = torch.cuda.get_device_capability(index)
+    text = f"{torch.cuda.get_device_name(index)}, {major}.{minor}"
+    built = registration.build_info().get("cuda") and (major, minor) >= (8, 0)
+    return text + (f", {backends.cuda_kernels((major, minor))} kernels" if built else "")
+
+
 def report() -> dict:
     """Everything a bug report needs, as plain JSON values."""
     packages = ("torch", "triton", "transformers", "einops", "pybind11", "ninja", "numpy")
@@ -32,7 +40,7 @@ def report() -> dict:
         "library_error": registration.LIBRARY_ERROR,
         "build": registration.build_info(),
         "cpu": {"threads": torch.get_num_threads(), **registration.cpu_info()},
-        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda_devices": [_device(index) for index in range(torch.cuda.device_count())],
         "backends": {b.name: {"where": b.where, "reasons": b.here()} for b in backends.BACKENDS.values()},
         "variables": variables.values(),
     }
@@ -47,7 +55,7 @@ def render(info: dict) -> str:
         lines.append(f"           {info['library_error']}")
     lines.append("build      " + "  ".join(f"{k}={v}" for k, v in info["build"].items()))
     lines.append("cpu        " + "  ".join(f"{k}={v}" for k, v in info["cpu"].items()))
-    lines.append("cuda       " + (", ".join(info["cuda_devices"]) or "no CUDA device"))
+    lines.append("cuda       " + ("; ".join(info["cuda_devices"]) or "no CUDA device"))
     lines.append("backends")
     for name, row in info["backends"].items():
         state = "runs here" if not row["reasons"] else "; ".join(row["reasons"])

@@ -16,11 +16,14 @@ MASKS = ("prefix_len", "key_range", "query_start", "key_flags", "segment_ids")
 
 @dataclass(frozen=True)
 class Device:
-    """What the launches look at. The numbers of an H100, unless a test wants others."""
+    """What the launches look at. The numbers of an A100, unless a test wants others."""
 
-    multiprocessors: int = 132
-    compute_capability: int = 90
-    max_shared_bytes: int = 232448
+    multiprocessors: int = 108
+    compute_capability: int = 80
+    max_shared_bytes: int = 163 * 1024
+
+
+HOPPER = Device(132, 90, 227 * 1024)
 
 
 def arguments(session: Session, inputs: Inputs, prune: bool) -> dict:

@@ -19,7 +19,8 @@ PrefixAttnGrads grads_of(const Arguments& at) {
 
 const cuda::AttnKernels& kernels_of(const PrefixAttnParams& params, const DeviceInfo& device) {
   std::string reason;
-  const cuda::AttnKernels* row = cuda::find_attn_kernels(params, device, &reason);
+  const cuda::AttnKernels* row =
+      cuda::find_attn_kernels(params, device, cuda::Pass::kBackward, &reason);
   if (!row) throw py::value_error(reason);
   return *row;
 }

@@ -10,7 +10,8 @@ namespace {
 
 const cuda::AttnKernels& kernels_of(const PrefixAttnParams& params, const DeviceInfo& device) {
   std::string reason;
-  const cuda::AttnKernels* row = cuda::find_attn_kernels(params, device, &reason);
+  const cuda::AttnKernels* row =
+      cuda::find_attn_kernels(params, device, cuda::Pass::kForward, &reason);
   if (!row) throw std::invalid_argument(reason);
   return *row;
 }
