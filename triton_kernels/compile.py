@@ -58,6 +58,11 @@ class Build:
     products: bool = False  # it multiplies matrices, and must use tensor cores unless the dtype is fp32
     hot: bool = True  # it must not spill
 
+    @property
+    def title(self) -> str:
+        """Name, dtype, and head dim where it has one."""
+        return f"{self.name} {TYPES[self.dtype]} {self.constants.get('HEAD_DIM', '')}".rstrip()
+
 
 def gpu_keys(target: GPUTarget) -> tuple[str, ...]:
     """Keys of the configuration tables for a target."""
@@ -97,7 +102,8 @@ def _helpers(dtype: torch.dtype, head_dim: int, keys: tuple[str, ...]) -> Iterat
     yield Build("key norms", key_tiles.key_norms_kernel, dtype, norms, options)
     stats = {**dim, "BLOCK_M": configs.attention("dkdv", keys, dtype, head_dim).block_m}
     stats |= {"GRAD_LSE": True, "PRUNE": True, "SEGMENTS": True}
-    yield Build("preprocess", prefix_attn_bwd.bwd_preprocess_kernel, dtype, stats, options)
+    rows = {"num_warps": configs.row_warps(head_dim)}
+    yield Build("preprocess", prefix_attn_bwd.bwd_preprocess_kernel, dtype, stats, rows)
     summary = {"BLOCK_N": config.block_n, "BLOCK_P": 64, **both}
     yield Build("key summary", key_tiles.key_summary_kernel, dtype, summary, options)
     yield Build("slopes", prefix_attn_bwd_dq.bwd_slopes_kernel, dtype, {"BLOCK": 256}, {"num_warps": 1})
@@ -112,7 +118,8 @@ def _norms(dtype: torch.dtype, widths: tuple[int, int], keys: tuple[str, ...]) -
         options = {"num_warps": tile.pop("num_warps")}
         switches = dict.fromkeys(("CLIP", "Q_NORM", "Q_BIAS", "K_NORM", "K_BIAS", "GRAD_Q", "GRAD_K", "GRAD_V"), True)
         constants = {"Q_WIDTH": widths[0], "K_WIDTH": widths[1], **tile, **switches}
-        yield Build(f"{name} {widths[0]}+{widths[1]}", kernel, dtype, constants, options)
+        hot = dtype != torch.float32 or widths[0] <= 4096  # a wide fp32 row and its sums fill the registers
+        yield Build(f"{name} {widths[0]}+{widths[1]}", kernel, dtype, constants, options, hot=hot)
     yield Build("norm reduce", norm.reduce_kernel, dtype, {"BLOCK": 64, "PROGRAMS": 16}, {"num_warps": 4})
 
 
@@ -207,9 +214,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--reduced", action="store_true", help="bf16, head dim 128 with ALiBi, and the norm kernels only"
     )
+    parser.add_argument("--match", help="only kernels whose name, dtype and head dim hold this text: 'fwd', 'bf16 256'")
     args = parser.parse_args(argv)
     names = args.arch or ["80", "90", "100"] + (["gfx942", "gfx950"] if _emits_amd() else [])
-    jobs = [(t, b) for t in targets(names) for b in builds(gpu_keys(t), args.reduced)]
+    jobs = [(t, b) for t in targets(names) for b in builds(gpu_keys(t), args.reduced) if (args.match or "") in b.title]
+    if not jobs:
+        parser.error(f"--match {args.match!r}: no kernel has that in its name")
     print(f"triton {triton.__version__}: {len(jobs)} kernels for {' '.join(names)}")
     print(f"{'arch':<7}{'kernel':<22}{'dtype':<6}{'dim':>4}{'tile':>9}{'warps':>6}{'stages':>7}", end="")
     print(f"{'regs':>6}{'spill':>7}{'shared':>8}{'tensor':>8}{'async':>7}")

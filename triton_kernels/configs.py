@@ -52,24 +52,36 @@ TABLE: dict[str, dict[str, dict[tuple[int, int], Config]]] = {
             (4, 256): Config(16, 16, 4, 2),
         },
         "dkdv": {
-            (2, 64): Config(32, 64, 4, 2),
-            (2, 128): Config(32, 32, 4, 2),
+            (2, 64): Config(32, 128, 8, 2),
+            (2, 128): Config(16, 128, 8, 2),
             (2, 256): Config(32, 32, 8, 1),
             (4, 64): Config(32, 32, 4, 1),
             (4, 128): Config(16, 32, 4, 1),
             (4, 256): Config(16, 16, 4, 1),
         },
         "dq": {
-            (2, 64): Config(64, 64, 4, 2),
-            (2, 128): Config(64, 32, 4, 2),
+            (2, 64): Config(128, 32, 8, 2),
+            (2, 128): Config(128, 32, 8, 2),
             (2, 256): Config(32, 32, 4, 1),
             (4, 64): Config(32, 32, 4, 1),
             (4, 128): Config(32, 16, 4, 1),
             (4, 256): Config(16, 16, 4, 1),
         },
     },
-    "sm90": {"fwd": {(2, 128): Config(128, 64, 8, 2)}},  # wgmma reads its operands from shared memory
-    "amd": {"dkdv": {(2, 128): Config(16, 32, 4, 1)}},  # larger tiles spill on gfx942
+    "sm90": {  # wgmma reads its operands from shared memory, and wants 64 rows
+        "fwd": {(2, 128): Config(128, 64, 8, 2), (2, 256): Config(128, 32, 8, 2)},
+        "dq": {(2, 64): Config(128, 64, 8, 2), (2, 128): Config(128, 64, 8, 2)},
+    },
+    "sm100": {
+        "fwd": {(2, 256): Config(64, 16, 8, 2)},
+        "decode": {(2, 64): Config(16, 64, 4, 3)},
+        "dkdv": {(2, 128): Config(32, 32, 4, 2)},
+    },
+    "amd": {  # 64 lanes a warp: eight of them leave half of the registers to each
+        "fwd": {(2, 64): Config(64, 64, 4, 2), (2, 256): Config(32, 32, 4, 2)},
+        "dkdv": {(2, 64): Config(32, 64, 4, 1), (2, 128): Config(16, 32, 4, 1), (2, 256): Config(16, 16, 4, 1)},
+        "dq": {(2, 64): Config(64, 64, 4, 2), (2, 128): Config(64, 32, 4, 2), (2, 256): Config(32, 16, 4, 1)},
+    },
     # The interpreter: small enough for the tests' short sequences to hold several tiles of every class.
     "interpreter": {
         kernel: {(size, step): Config(*blocks, 4, 1) for size in (2, 4) for step in HEAD_DIM_STEPS}
@@ -125,3 +137,8 @@ def attention(kernel: str, keys: tuple[str, ...], dtype: torch.dtype, head_dim: 
 def block_d(head_dim: int) -> int:
     """Columns of a tile: the next power of two."""
     return max(MIN_BLOCK_D, 1 << (head_dim - 1).bit_length())
+
+
+def row_warps(head_dim: int) -> int:
+    """Warps of the kernel that reads whole query rows before the backward: four spill at 256 columns on sm80."""
+    return 8 if block_d(head_dim) == 256 else 4

@@ -140,7 +140,7 @@ def backward(
         GRAD_LSE=grad_lse is not None,
         PRUNE=call.prune,
         SEGMENTS=call.segment_ids is not None,
-        num_warps=4,
+        num_warps=configs.row_warps(call.head_dim),
     )
     tensors = {"q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v, "grad_out_ptr": grad_out, "lse_ptr": lse}
     common = {
