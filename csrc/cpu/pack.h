@@ -58,6 +58,21 @@ INTERNVL_INLINE Vec load_elements(const typename Element<kType>::type* row, int6
   }
 }
 
+// The same where all kLanes elements exist.
+template <Operand kOperand, DType kType>
+INTERNVL_INLINE Vec load_whole(const typename Element<kType>::type* row, int64_t e) {
+  if constexpr (kOperand == Operand::kPairs)
+    return load(reinterpret_cast<const float*>(row + 2 * e));
+  else
+    return Element<kType>::load_vec(row + e);
+}
+
+// Whole vectors of elements in a row of `width` numbers; none in a row of zeros.
+template <Operand kOperand, class T>
+INTERNVL_INLINE int64_t whole_elements(const T* row, int64_t width) {
+  return row == nullptr ? 0 : width / (kOperand == Operand::kPairs ? 2 : 1) / kLanes * kLanes;
+}
+
 // Elements between the rows of a row-major operand.
 template <Operand kOperand>
 INTERNVL_INLINE int64_t row_elements(int64_t width) {
@@ -69,11 +84,17 @@ template <Operand kOperand, DType kType, class Row>
 INTERNVL_INLINE void pack_rows(const Row& row, int64_t rows, int64_t width, float factor,
                                float* out) {
   const int64_t stride = row_elements<kOperand>(width);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t e = 0; e < stride; e += kLanes) {
-      const Vec x = load_elements<kOperand, kType>(row(r), e, width);
-      store(out + r * stride + e, kOperand == Operand::kFloat ? x * factor : x);
-    }
+  for (int64_t r = 0; r < rows; ++r, out += stride) {
+    const auto* source = row(r);
+    const int64_t whole = whole_elements<kOperand>(source, width);
+    const auto scaled = [&](Vec x) __attribute__((always_inline)) {
+      return kOperand == Operand::kFloat ? x * factor : x;
+    };
+    int64_t e = 0;
+    for (; e < whole; e += kLanes) store(out + e, scaled(load_whole<kOperand, kType>(source, e)));
+    for (; e < stride; e += kLanes)
+      store(out + e, scaled(load_elements<kOperand, kType>(source, e, width)));
+  }
 }
 
 // -> panels over the columns, [panel][elements of rows_padded][panel width]: the B operand of a
@@ -87,35 +108,53 @@ INTERNVL_INLINE void pack_column_panels(const Row& row, int64_t rows, int64_t ro
     const int64_t r = e * kStep;
     const typename Element<kType>::type* first = r < rows ? row(r) : nullptr;
     const typename Element<kType>::type* second = kStep == 2 && r + 1 < rows ? row(r + 1) : nullptr;
-    for (int64_t d = 0; d < padded; d += kLanes) {
-      const int64_t panel = d / kPanel * kPanel;
-      Vec x = load_row<kType>(first, d, width);
-      if constexpr (kOperand == Operand::kPairs)
-        x = as_float((as_bits(x) >> 16) | as_bits(load_row<kType>(second, d, width)));
-      store(out + panel * depth + e * panel_width(panel, padded) + (d - panel), x);
-    }
+    const auto at = [&](int64_t d) __attribute__((always_inline)) {
+      const Vec x = load_row<kType>(first, d, width);
+      if constexpr (kOperand == Operand::kFloat) return x;
+      return as_float((as_bits(x) >> 16) | as_bits(load_row<kType>(second, d, width)));
+    };
+    const int64_t whole = kOperand == Operand::kFloat && first ? width / kPanel * kPanel : 0;
+    float* panel = out + e * kPanel;
+    int64_t d = 0;
+    for (; d < whole; d += kPanel, panel += depth * kPanel)
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n)
+        store(panel + n * kLanes, Element<kType>::load_vec(first + d + n * kLanes));
+    for (; d + kPanel <= padded; d += kPanel, panel += depth * kPanel)
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) store(panel + n * kLanes, at(d + n * kLanes));
+    for (; d < padded; d += kLanes) store(out + d * depth + e * kLanes, at(d));
   }
 }
 
-// -> panels over the rows, [panel][elements of width][kPanel]: the transposed B operand of a
-// product whose depth is the width. rows_padded is a multiple of kPanel.
+// -> panels over the rows, [panel][elements of width][panel width]: the transposed B operand of a
+// product whose depth is the width. rows_padded is a multiple of kLanes.
 template <Operand kOperand, DType kType, class Row>
 INTERNVL_INLINE void pack_row_panels(const Row& row, int64_t rows, int64_t rows_padded,
                                      int64_t width, float factor, float* out) {
   const int64_t depth = elements<kOperand>(width);
   for (int64_t r0 = 0; r0 < rows_padded; r0 += kLanes) {
-    float* panel = out + r0 / kPanel * kPanel * depth + r0 % kPanel;
+    const int64_t first = r0 / kPanel * kPanel;
+    const int64_t stride = panel_width(first, rows_padded);
+    float* panel = out + first * depth + (r0 - first);
     const typename Element<kType>::type* source[kLanes];
-    for (int i = 0; i < kLanes; ++i) source[i] = r0 + i < rows ? row(r0 + i) : nullptr;
+    int64_t whole = depth;
+    for (int i = 0; i < kLanes; ++i) {
+      source[i] = r0 + i < rows ? row(r0 + i) : nullptr;
+      whole = smallest(whole, whole_elements<kOperand>(source[i], width));
+    }
     for (int64_t e = 0; e < depth; e += kLanes) {
       Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        block[i] = load_elements<kOperand, kType>(source[i], e, width);
-        if constexpr (kOperand == Operand::kFloat) block[i] *= factor;
-      }
+      if (e < whole)
+        for (int i = 0; i < kLanes; ++i) block[i] = load_whole<kOperand, kType>(source[i], e);
+      else
+        for (int i = 0; i < kLanes; ++i)
+          block[i] = load_elements<kOperand, kType>(source[i], e, width);
+      if constexpr (kOperand == Operand::kFloat)
+        for (int i = 0; i < kLanes; ++i) block[i] *= factor;
       transpose(block);
       const int64_t count = smallest(kLanes, depth - e);
-      for (int64_t i = 0; i < count; ++i) store(panel + (e + i) * kPanel, block[i]);
+      for (int64_t i = 0; i < count; ++i) store(panel + (e + i) * stride, block[i]);
     }
   }
 }
