@@ -12,16 +12,22 @@
 namespace internvl::cpu {
 namespace {
 
-// A fixed number of row chunks, whatever the thread count: parameter gradients are summed chunk by
-// chunk.
-constexpr int64_t kChunks = 32;
+// Row chunks, the same whatever the thread count: parameter gradients are summed chunk by chunk.
+// Each converts the parameters for itself, which takes about as long as a row.
+constexpr int64_t kChunks = 32, kMinRows = 8;
 constexpr double kFlopsPerElement = 8.0;
 
 struct Chunks {
   int64_t rows, count;
   explicit Chunks(int64_t n)
-      : rows(std::max<int64_t>((n + kChunks - 1) / kChunks, 1)), count((n + rows - 1) / rows) {}
+      : rows(std::max((n + kChunks - 1) / kChunks, kMinRows)), count((n + rows - 1) / rows) {}
 };
+
+// Floats of a row in the kernels' memory.
+int64_t padded(int64_t width) {
+  const int64_t two_vectors = 2 * kernels().lanes;
+  return (width + two_vectors - 1) / two_vectors * two_vectors;
+}
 
 double work(const ClipQkLayernormParams& params) {
   return kFlopsPerElement * static_cast<double>(params.rows) * static_cast<double>(params.width());
@@ -35,10 +41,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_qk_layernorm(
   ClipQkLayernormParams params = check_clip_qk_layernorm(tensors, q_width, k_width, clip, eps);
   const auto outputs = new_clip_qk_layernorm_outputs(qkv, &params);
   const Chunks chunks(params.rows);
-  run_tasks(chunks.count, 0, work(params), [&](int64_t chunk, float*) {
+  const int64_t q_padded = padded(q_width), k_padded = padded(k_width);
+  const int64_t scratch_floats = 2 * q_padded + 2 * k_padded + std::max(q_padded, k_padded);
+  run_tasks(chunks.count, scratch_floats, work(params), [&](int64_t chunk, float* scratch) {
     const int64_t begin = chunk * chunks.rows;
     kernels().clip_qk_layernorm[static_cast<int>(params.dtype)](
-        params, begin, std::min(begin + chunks.rows, params.rows));
+        params, begin, std::min(begin + chunks.rows, params.rows), scratch);
   });
   return outputs;
 }
@@ -51,18 +59,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_qk_layernorm_backward(
   ClipQkLayernormParams params = check_clip_qk_layernorm(tensors, q_width, k_width, clip, 0.0);
   ClipQkLayernormBackwardCall call(tensors, grad_q, grad_k, grad_v, statistics, &params);
 
-  const Kernels& isa = kernels();
-  const auto padded = [&](int64_t width) {
-    return (width + isa.lanes - 1) / isa.lanes * isa.lanes;
-  };
-  const int64_t sums = 2 * padded(q_width) + 2 * padded(k_width);
+  const int64_t q_padded = padded(q_width), k_padded = padded(k_width);
+  const int64_t sums = 2 * q_padded + 2 * k_padded;
+  const int64_t scratch_floats = q_padded + k_padded + std::max(q_padded, k_padded);
   const Chunks chunks(params.rows);
   std::vector<float> parts(chunks.count * sums, 0.0f);
-  run_tasks(chunks.count, 0, 2 * work(params), [&](int64_t chunk, float*) {
+  run_tasks(chunks.count, scratch_floats, 2 * work(params), [&](int64_t chunk, float* scratch) {
     const int64_t begin = chunk * chunks.rows;
-    isa.clip_qk_layernorm_backward[static_cast<int>(params.dtype)](
+    kernels().clip_qk_layernorm_backward[static_cast<int>(params.dtype)](
         params, call.grads, begin, std::min(begin + chunks.rows, params.rows),
-        parts.data() + chunk * sums);
+        parts.data() + chunk * sums, scratch);
   });
 
   const auto collect = [&](float* gradient, int64_t width, int64_t offset) {
@@ -73,11 +79,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_qk_layernorm_backward(
       gradient[d] = static_cast<float>(sum);
     }
   };
-  const int64_t k_offset = 2 * padded(q_width);
   collect(call.grads.dq_weight, q_width, 0);
-  collect(call.grads.dq_bias, q_width, padded(q_width));
-  collect(call.grads.dk_weight, k_width, k_offset);
-  collect(call.grads.dk_bias, k_width, k_offset + padded(k_width));
+  collect(call.grads.dq_bias, q_width, q_padded);
+  collect(call.grads.dk_weight, k_width, 2 * q_padded);
+  collect(call.grads.dk_bias, k_width, 2 * q_padded + k_padded);
   return call.results();
 }
 

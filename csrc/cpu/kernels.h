@@ -20,10 +20,11 @@ struct Kernels {
   void (*merge_splits[kDTypes])(const FwdPlan&, const RowTask&, float* scratch);
   void (*bwd_unit[kDTypes])(const BwdPlan&, const BwdUnit&, float* scratch);
   void (*reduce_dq[kDTypes])(const BwdPlan&, int64_t b, int64_t head, int64_t row0, int64_t rows);
-  void (*clip_qk_layernorm[kDTypes])(const ClipQkLayernormParams&, int64_t begin, int64_t end);
+  void (*clip_qk_layernorm[kDTypes])(const ClipQkLayernormParams&, int64_t begin, int64_t end,
+                                     float* scratch);
   void (*clip_qk_layernorm_backward[kDTypes])(const ClipQkLayernormParams&,
                                               const ClipQkLayernormGrads&, int64_t begin,
-                                              int64_t end, float* sums);
+                                              int64_t end, float* sums, float* scratch);
 };
 
 // Defined by isa_<name>.cpp.
