@@ -18,6 +18,8 @@ struct Kernels {
                                   int64_t head_kv, int64_t j_lo, int64_t block_n);
   void (*fwd_row_tile[kDTypes])(const FwdPlan&, const RowTask&, float* scratch);
   void (*merge_splits[kDTypes])(const FwdPlan&, const RowTask&, float* scratch);
+  void (*decode_task[kDTypes])(const DecodePlan&, const DecodeTask&, float* scratch);
+  void (*merge_decode[kDTypes])(const DecodePlan&, const DecodeTask&, float* scratch);
   void (*bwd_unit[kDTypes])(const BwdPlan&, const BwdUnit&, float* scratch);
   void (*reduce_dq[kDTypes])(const BwdPlan&, int64_t b, int64_t head, int64_t row0, int64_t rows);
   void (*clip_qk_layernorm[kDTypes])(const ClipQkLayernormParams&, int64_t begin, int64_t end,

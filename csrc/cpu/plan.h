@@ -132,9 +132,10 @@ struct FwdPlan {
   int64_t padded_dim = 0;  // head_dim rounded up to whole vectors
   int64_t splits = 1;
   float* packed_k =
-      nullptr;  // [batch * heads_kv][key tile][k_tile_floats], null: each task packs its own tiles
+      nullptr;  // [KV head][key tile][k_tile_floats], null: each task packs its own tiles
   float* packed_v = nullptr;
-  float* k_norms = nullptr;      // [batch * heads_kv][key tile] next to packed_k, when pruning
+  float* k_norms = nullptr;      // [KV head][key tile] next to packed_k, when pruning
+  int64_t packed_head0 = 0;      // KV head 0 of packed_k and packed_v, counted over the whole batch
   float prune_threshold = 0.0f;  // in base 2
 
   int64_t k_tile_floats() const { return keys.block_n * params.head_dim; }
@@ -143,6 +144,40 @@ struct FwdPlan {
   int64_t scratch_floats() const {
     const int64_t rows = block_m * (2 * padded_dim + keys.block_n + 32);
     return rows + 4 * keys.block_n + (packed_k ? 0 : k_tile_floats() + v_tile_floats());
+  }
+};
+
+// --- decoding: few query rows per KV head, so that reading K and V is most of the work
+// ----------------
+
+constexpr int64_t kDecodeRows = 32;  // most query rows per KV head of a decoding call
+constexpr int64_t kDotRows = 4;      // up to so many, scores are dot products (decode_kernel.h)
+constexpr int64_t kStagedKeys =
+    24;  // above, keys converted at a time: a multiple of every ISA's rows
+
+// Every query row of KV heads [head0, head0 + heads) of batch row b against key tiles [tile_begin,
+// tile_end).
+struct DecodeTask {
+  int64_t b, head0, heads;
+  int64_t tile_begin, tile_end;
+  int64_t parts;   // key splits of these rows, in consecutive tasks
+  float* partial;  // [heads * rows][padded_dim + 2] with more than one part, else null
+};
+
+struct DecodePlan {
+  PrefixAttnParams params;
+  KeyTiles keys;
+  int64_t padded_dim = 0;
+  int64_t rows = 0;  // query rows per KV head: row r is query r % seqlen_q of head r / seqlen_q
+  int64_t padded_rows = 0;  // lanes per KV head: 1, 2 or 4, or whole vectors above kDotRows
+  int64_t lanes = 0;        // lanes of a task, whole vectors
+  int64_t heads = 0;        // KV heads per task, at most
+
+  bool dots() const { return rows <= kDotRows; }
+  int64_t partial_floats(int64_t task_heads) const { return task_heads * rows * (padded_dim + 2); }
+  int64_t scratch_floats() const {
+    const int64_t staged = dots() ? 0 : 2 * kStagedKeys * padded_dim;
+    return lanes * (2 * padded_dim + keys.block_n + 10) + staged;
   }
 };
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/outputs.h"
+#include "cpu/decode_plan.h"
 #include "cpu/kernels.h"
 #include "cpu/key_tiles.h"
 #include "cpu/parallel.h"
@@ -75,6 +76,64 @@ std::vector<RowTask> split_keys(const FwdPlan& plan, const std::vector<RowTask>&
   return tasks;
 }
 
+// Packs `heads` KV heads from plan.packed_head0 on.
+void pack_heads(const FwdPlan& plan, int64_t heads, double flops) {
+  const Kernels& isa = kernels();
+  const PrefixAttnParams& params = plan.params;
+  const int dtype = static_cast<int>(params.dtype);
+  run_tasks(heads * plan.keys.count, 0, flops, [&](int64_t index, float*) {
+    const int64_t head = plan.packed_head0 + index / plan.keys.count;
+    const int64_t b = head / params.heads_kv, head_kv = head % params.heads_kv;
+    const int64_t tile = index % plan.keys.count;
+    if (params.alibi_prune)
+      plan.k_norms[index] = isa.key_tile_norm[dtype](params, plan.keys.used, b, head_kv,
+                                                     tile * plan.keys.block_n, plan.keys.block_n);
+    isa.pack_kv_tile[dtype](plan, b, head_kv, tile, plan.packed_k + index * plan.k_tile_floats(),
+                            plan.packed_v + index * plan.v_tile_floats());
+  });
+}
+
+// KV heads packed at a time: what the last-level cache holds, and enough tasks to share out.
+int64_t heads_per_wave(const FwdPlan& plan, int64_t tasks_per_head) {
+  constexpr int64_t kWaveFloats = 2 << 20, kWaveTasks = 64;
+  const int64_t head_floats =
+      std::max<int64_t>(1, plan.keys.count * (plan.k_tile_floats() + plan.v_tile_floats()));
+  const int64_t wave = std::max(kWaveFloats / head_floats, ceil_div(kWaveTasks, tasks_per_head));
+  return std::min(std::max<int64_t>(wave, 1), plan.params.batch * plan.params.heads_kv);
+}
+
+// The row tiles of a few KV heads after those of another few: their packed tiles are read again and
+// again while the cache holds them, and the memory is that of a few heads only.
+void run_waves(const Tensor& q, FwdPlan& plan, std::vector<RowTask>& tasks, double flops) {
+  const Kernels& isa = kernels();
+  const int dtype = static_cast<int>(plan.params.dtype);
+  const int64_t kv_heads = plan.params.batch * plan.params.heads_kv;
+  const int64_t per_head = static_cast<int64_t>(tasks.size()) / kv_heads;
+  const bool packs = per_head > 2 * plan.splits;  // else by the one or two row tiles that read them
+  const int64_t wave = packs ? heads_per_wave(plan, per_head) : kv_heads;
+  const int64_t tiles = wave * plan.keys.count;
+  Tensor packed;
+  if (packs) {
+    packed = torch::stable::new_empty(
+        q, {tiles * (plan.k_tile_floats() + plan.v_tile_floats() + 1)}, ScalarType::Float);
+    plan.packed_k = static_cast<float*>(packed.mutable_data_ptr());
+    plan.packed_v = plan.packed_k + tiles * plan.k_tile_floats();
+    plan.k_norms = plan.packed_v + tiles * plan.v_tile_floats();
+  }
+  for (int64_t head = 0; head < kv_heads; head += wave) {
+    const int64_t heads = std::min(wave, kv_heads - head);
+    plan.packed_head0 = head;
+    if (packs) pack_heads(plan, heads, flops);
+    RowTask* first = tasks.data() + head * per_head;
+    if (plan.splits == 1)
+      std::stable_sort(first, first + heads * per_head,
+                       [](const RowTask& a, const RowTask& b) { return a.cost > b.cost; });
+    run_tasks(heads * per_head, plan.scratch_floats(), flops, [&](int64_t index, float* scratch) {
+      isa.fwd_row_tile[dtype](plan, first[index], scratch);
+    });
+  }
+}
+
 void run_forward(const Tensor& q, const PrefixAttnParams& params) {
   const Kernels& isa = kernels();
   const int dtype = static_cast<int>(params.dtype);
@@ -82,57 +141,71 @@ void run_forward(const Tensor& q, const PrefixAttnParams& params) {
   plan.params = params;
   plan.block_m = std::min(kBlockM, params.group() * params.seqlen_q);
   plan.padded_dim = round_up(params.head_dim, isa.lanes);
+  plan.prune_threshold = prune_threshold(params.dtype, params.seqlen_k) * kLog2E;
   KeyTileData key_data;
   plan.keys = key_data.build(
       params,
       std::min<int64_t>(kMaxBlockN, round_up(std::max<int64_t>(params.seqlen_k, 1), isa.panel)));
   std::vector<RowTask> tasks = cut_rows(plan);
-  if (tasks.empty()) return;
   double cost = 0.0;
   for (const RowTask& task : tasks) cost += static_cast<double>(task.cost);
   const double flops = 4.0 * cost * static_cast<double>(params.head_dim);
 
-  plan.prune_threshold = prune_threshold(params.dtype, params.seqlen_k) * kLog2E;
   const int64_t count = static_cast<int64_t>(tasks.size());
   if (count < kEnoughTasks)
     plan.splits = std::max<int64_t>(
         1, std::min(ceil_div(kEnoughTasks, count), plan.keys.count / kMinTilesPerSplit));
-  Tensor partial, packed;
+  Tensor partial;
   if (plan.splits > 1) {
     partial = torch::stable::new_empty(q, {count * plan.splits * plan.partial_floats()},
                                        ScalarType::Float);
     tasks = split_keys(plan, tasks, static_cast<float*>(partial.mutable_data_ptr()));
-  } else {
-    std::stable_sort(tasks.begin(), tasks.end(),
-                     [](const RowTask& a, const RowTask& b) { return a.cost > b.cost; });
   }
-
-  // A KV head read by one or two row tiles is packed by them; otherwise once, for all of them.
-  const int64_t kv_heads = params.batch * params.heads_kv;
-  if (count > 2 * kv_heads) {
-    const int64_t tiles = kv_heads * plan.keys.count;
-    packed = torch::stable::new_empty(
-        q, {tiles * (plan.k_tile_floats() + plan.v_tile_floats() + 1)}, ScalarType::Float);
-    plan.packed_k = static_cast<float*>(packed.mutable_data_ptr());
-    plan.packed_v = plan.packed_k + tiles * plan.k_tile_floats();
-    plan.k_norms = plan.packed_v + tiles * plan.v_tile_floats();
-    run_tasks(tiles, 0, flops, [&](int64_t index, float*) {
-      const int64_t head = index / plan.keys.count, tile = index % plan.keys.count;
-      const int64_t b = head / params.heads_kv, head_kv = head % params.heads_kv;
-      if (params.alibi_prune)
-        plan.k_norms[index] = isa.key_tile_norm[dtype](params, plan.keys.used, b, head_kv,
-                                                       tile * plan.keys.block_n, plan.keys.block_n);
-      isa.pack_kv_tile[dtype](plan, b, head_kv, tile, plan.packed_k + index * plan.k_tile_floats(),
-                              plan.packed_v + index * plan.v_tile_floats());
-    });
-  }
-  run_tasks(
-      static_cast<int64_t>(tasks.size()), plan.scratch_floats(), flops,
-      [&](int64_t index, float* scratch) { isa.fwd_row_tile[dtype](plan, tasks[index], scratch); });
+  run_waves(q, plan, tasks, flops);
   if (plan.splits > 1)
     run_tasks(count, plan.padded_dim, flops / 64, [&](int64_t index, float* scratch) {
       isa.merge_splits[dtype](plan, tasks[index * plan.splits], scratch);
     });
+}
+
+// --- decoding
+// --------------------------------------------------------------------------------------------------
+
+void run_decode(const Tensor& q, const PrefixAttnParams& params) {
+  const Kernels& isa = kernels();
+  const int dtype = static_cast<int>(params.dtype);
+  DecodePlan plan;
+  plan.params = params;
+  shape_decode(plan, isa.lanes);
+  KeyTileData key_data;
+  plan.keys = key_data.build(
+      params, std::min<int64_t>(plan.dots() ? kMaxBlockN : 4 * kStagedKeys,
+                                round_up(std::max<int64_t>(params.seqlen_k, 1), isa.panel)));
+  std::vector<DecodeTask> tasks;
+  const int64_t partial_floats = cut_decode(plan, isa.lanes, tasks);
+  Tensor partial;
+  float* next = nullptr;
+  if (partial_floats > 0) {
+    partial = torch::stable::new_empty(q, {partial_floats}, ScalarType::Float);
+    next = static_cast<float*>(partial.mutable_data_ptr());
+  }
+  std::vector<int64_t> merges;  // the first part of each split
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    if (tasks[i].parts == 1) continue;
+    if (merges.empty() || static_cast<int64_t>(i) >= merges.back() + tasks[merges.back()].parts)
+      merges.push_back(static_cast<int64_t>(i));
+    tasks[i].partial = next;
+    next += plan.partial_floats(tasks[i].heads);
+  }
+  const double flops = 4.0 * static_cast<double>(params.batch * params.heads_q) * params.seqlen_q *
+                       params.seqlen_k * params.head_dim;
+  run_tasks(
+      static_cast<int64_t>(tasks.size()), plan.scratch_floats(), flops,
+      [&](int64_t index, float* scratch) { isa.decode_task[dtype](plan, tasks[index], scratch); });
+  run_tasks(static_cast<int64_t>(merges.size()), plan.padded_dim, flops / 64,
+            [&](int64_t index, float* scratch) {
+              isa.merge_decode[dtype](plan, tasks[merges[index]], scratch);
+            });
 }
 
 std::tuple<Tensor, Tensor> prefix_attn(Tensor q, Tensor k, Tensor v, OptionalTensor prefix_len,
@@ -145,7 +218,11 @@ std::tuple<Tensor, Tensor> prefix_attn(Tensor q, Tensor k, Tensor v, OptionalTen
   PrefixAttnParams params = check_prefix_attn(tensors, softmax_scale, window);
   check_key_range_values(params);
   const auto outputs = new_prefix_attn_outputs(q, &params);
-  run_forward(q, params);
+  const bool nothing = params.batch * params.heads_q * params.seqlen_q == 0;
+  if (!nothing && is_decode(params))
+    run_decode(q, params);
+  else if (!nothing)
+    run_forward(q, params);
   return outputs;
 }
 

@@ -1,5 +1,4 @@
-// Forward (and, with key splits, decode): one task is a tile of query rows against a run of key
-// tiles.
+// Forward: one task is a tile of query rows against a run of key tiles.
 //
 // Per key tile: S = Q K^T (K packed transposed, softmax_scale * log2(e) folded into Q), the ALiBi
 // bias and the mask on S in place, one online-softmax step in base 2, then acc = acc * alpha + P V.
@@ -8,7 +7,6 @@
 // weight vanishes are skipped (prune.h). Meaning: semantics.py.
 #pragma once
 
-#include "cpu/direct.h"
 #include "cpu/softmax.h"
 
 namespace internvl::cpu::INTERNVL_ISA {
@@ -31,9 +29,10 @@ void pack_kv_tile(const FwdPlan& plan, int64_t b, int64_t head_kv, int64_t tile,
                                       v_out);
 }
 
-template <Operand kOperand, DType kType>
+template <DType kType>
 INTERNVL_INLINE void load_query_rows(const FwdPlan& plan, const RowTask& task, const KeyMask& mask,
                                      const FwdScratch& scratch) {
+  constexpr Operand kOperand = kOperandOf<kType>;
   const PrefixAttnParams& params = plan.params;
   const float factor = params.softmax_scale * kLog2E;
   const int64_t stride = row_elements<kOperand>(params.head_dim);
@@ -62,27 +61,6 @@ INTERNVL_INLINE void load_query_rows(const FwdPlan& plan, const RowTask& task, c
   }
 }
 
-INTERNVL_INLINE float natural_lse(float row_max_log2, float row_sum) {
-  if (row_max_log2 == kInfinity || row_sum == 0.0f) return row_sum == 0.0f ? -kInfinity : kInfinity;
-  return kLn2 * row_max_log2 + __builtin_logf(row_sum);  // NaN sums stay NaN
-}
-
-// out and lse of one finished row. A sum of 0 means that nothing was visible: out is 0 and lse
-// -inf.
-template <DType kType>
-INTERNVL_INLINE void store_out_lse(const FwdPlan& plan, int64_t b, int64_t i, int64_t head,
-                                   const float* acc, float row_max, float row_sum) {
-  const PrefixAttnParams& params = plan.params;
-  auto* out = mutable_row_of<kType>(params.out, b, i, head);
-  const float inverse = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
-  int64_t d = 0;
-  for (; d + kLanes <= params.head_dim; d += kLanes)
-    Element<kType>::store_vec(out + d, load(acc + d) * inverse);
-  if (d < params.head_dim)
-    store_partial<kType>(out + d, load(acc + d) * inverse, params.head_dim - d);
-  params.lse[(b * params.heads_q + head) * params.seqlen_q + i] = natural_lse(row_max, row_sum);
-}
-
 template <DType kType>
 INTERNVL_INLINE void finish_rows(const FwdPlan& plan, const RowTask& task,
                                  const FwdScratch& scratch) {
@@ -92,13 +70,11 @@ INTERNVL_INLINE void finish_rows(const FwdPlan& plan, const RowTask& task,
     const float row_max = scratch.rows[r].row_max;
     const float row_sum = horizontal_sum(load(scratch.row_sum + r * kLanes));
     if (task.partial) {
-      float* partial = task.partial + r * (plan.padded_dim + 2);
-      for (int64_t d = 0; d < plan.padded_dim; d += kLanes) store(partial + d, load(acc + d));
-      partial[plan.padded_dim] = row_max;
-      partial[plan.padded_dim + 1] = row_sum;
+      store_partial_row(acc, plan.padded_dim, row_max, row_sum,
+                        task.partial + r * (plan.padded_dim + 2));
     } else {
       const int64_t head = task.head_kv * params.group() + task.head0 + r / task.rows;
-      store_out_lse<kType>(plan, task.b, task.row0 + r % task.rows, head, acc, row_max, row_sum);
+      store_out_lse<kType>(params, task.b, task.row0 + r % task.rows, head, acc, row_max, row_sum);
     }
   }
 }
@@ -128,7 +104,8 @@ INTERNVL_INLINE TileOperands tile_operands(const FwdPlan& plan, const RowTask& t
   const PrefixAttnParams& params = plan.params;
   const int64_t j_lo = tile * plan.keys.block_n;
   const int64_t rows = task.heads * task.rows;
-  const int64_t index = (task.b * params.heads_kv + task.head_kv) * plan.keys.count + tile;
+  const int64_t head = task.b * params.heads_kv + task.head_kv - plan.packed_head0;
+  const int64_t index = head * plan.keys.count + tile;
   if (params.alibi_prune) {
     const float k_norm = plan.packed_k
                              ? plan.k_norms[index]
@@ -143,44 +120,31 @@ INTERNVL_INLINE TileOperands tile_operands(const FwdPlan& plan, const RowTask& t
   return {scratch.k_tile, scratch.v_tile};
 }
 
-// One key tile: scores, softmax step, values. `direct` reads K and V where they stand.
+// One key tile: scores, softmax step, values.
 template <DType kType>
 INTERNVL_INLINE void add_key_tile(const FwdPlan& plan, const RowTask& task, const KeyMask& mask,
-                                  const FwdScratch& scratch, bool direct, bool partial,
-                                  int64_t p_lo, int64_t tile, int64_t keys) {
+                                  const FwdScratch& scratch, bool partial, int64_t p_lo,
+                                  int64_t tile, int64_t keys) {
   constexpr Operand kOperand = kOperandOf<kType>;
   const PrefixAttnParams& params = plan.params;
   const int64_t block_n = plan.keys.block_n;
   const int64_t j_lo = tile * block_n;
   const int64_t rows = task.heads * task.rows;
   const int64_t columns = round_up(keys, kPanel);
-  const AlibiForm alibi =
-      alibi_form(params.alibi_slopes != nullptr, p_lo, p_lo + task.rows - 1, j_lo, j_lo + columns);
-  if (partial) load_key_terms(mask, j_lo, block_n, scratch);
-  const auto softmax = [&](auto operand) __attribute__((always_inline)) {
-    if (partial)
-      softmax_tile<operand.value, true>(plan, mask, scratch, alibi, rows, j_lo, columns);
-    else
-      softmax_tile<operand.value, false>(plan, mask, scratch, alibi, rows, j_lo, columns);
-  };
-  if (direct) {
-    direct_scores<kType>(
-        rows, keys, params.head_dim, scratch.q, row_elements<Operand::kFloat>(params.head_dim),
-        key_rows<kType>(params, plan.keys.used, params.k, task.b, task.head_kv, j_lo), scratch.s,
-        block_n);
-    softmax(OperandConstant<Operand::kFloat>{});
-    direct_values<kType>(
-        rows, keys, params.head_dim, plan.padded_dim, scratch.s, block_n,
-        key_rows<kType>(params, plan.keys.used, params.v, task.b, task.head_kv, j_lo), scratch.acc);
-    return;
-  }
   const TileOperands operands = tile_operands<kType>(plan, task, scratch, tile, keys);
   if (operands.k == nullptr) return;
+  const AlibiForm alibi =
+      alibi_form(params.alibi_slopes != nullptr, p_lo, p_lo + task.rows - 1, j_lo, j_lo + columns);
   const int64_t depth = elements<kOperand>(params.head_dim);
   multiply<kOperand, ALayout::kRowMajor>(rows, columns, depth, scratch.q,
                                          row_elements<kOperand>(params.head_dim), operands.k, depth,
                                          scratch.s, block_n, false, params.softmax_scale * kLog2E);
-  softmax(OperandConstant<kOperand>{});
+  if (partial) {
+    load_key_terms(mask, j_lo, block_n, scratch);
+    softmax_tile<kOperand, true>(plan, mask, scratch, alibi, rows, j_lo, columns);
+  } else {
+    softmax_tile<kOperand, false>(plan, mask, scratch, alibi, rows, j_lo, columns);
+  }
   multiply<kOperand, ALayout::kRowMajor>(rows, plan.padded_dim, elements<kOperand>(keys), scratch.s,
                                          block_n, operands.v, elements<kOperand>(block_n),
                                          scratch.acc, plan.padded_dim, true);
@@ -200,11 +164,7 @@ void fwd_row_tile(const FwdPlan& plan, const RowTask& task, float* memory) {
   const int64_t block_n = plan.keys.block_n;
   const KeyMask mask = key_mask(plan.params, task.b);
   const FwdScratch scratch = carve(plan, memory);
-  const bool direct = !plan.packed_k && task.heads * task.rows <= kDirectRows;
-  if (direct)
-    load_query_rows<Operand::kFloat, kType>(plan, task, mask, scratch);
-  else
-    load_query_rows<kOperandOf<kType>, kType>(plan, task, mask, scratch);
+  load_query_rows<kType>(plan, task, mask, scratch);
   const int64_t p_lo = query_position(mask.first_position, task.row0);
   const int64_t p_hi = p_lo + task.rows - 1;
   const QuerySegments own = query_segments(mask, p_lo, p_hi);
@@ -216,36 +176,19 @@ void fwd_row_tile(const FwdPlan& plan, const RowTask& task, float* memory) {
     const TileClass tile_class = classify(mask, summary, own, p_lo, p_hi, j_lo, j_lo + block_n);
     if (tile_class == kTileEmpty) continue;
     const int64_t keys = tile_key_end(mask, summary, p_hi, j_lo + block_n) - j_lo;
-    add_key_tile<kType>(plan, task, mask, scratch, direct, tile_class == kTilePartial, p_lo, tile,
-                        keys);
+    add_key_tile<kType>(plan, task, mask, scratch, tile_class == kTilePartial, p_lo, tile, keys);
   }
   finish_rows<kType>(plan, task, scratch);
 }
 
-// Adds the key splits of one row tile in their fixed order; `task` is the first of plan.splits
-// consecutive tasks.
+// Adds up the key splits of one row tile; `task` is the first of plan.splits consecutive tasks.
 template <DType kType>
 void merge_splits(const FwdPlan& plan, const RowTask& task, float* memory) {
-  const PrefixAttnParams& params = plan.params;
   for (int64_t r = 0; r < task.heads * task.rows; ++r) {
-    const float* parts = task.partial + r * (plan.padded_dim + 2);
-    float row_max = -kInfinity;
-    for (int64_t split = 0; split < plan.splits; ++split) {
-      const float other = parts[split * plan.partial_floats() + plan.padded_dim];
-      row_max = row_max < other ? other : row_max;
-    }
-    const float shift = row_max == -kInfinity ? 0.0f : row_max;
-    float row_sum = 0.0f;
-    for (int64_t d = 0; d < plan.padded_dim; d += kLanes) store(memory + d, Vec{});
-    for (int64_t split = 0; split < plan.splits; ++split) {
-      const float* part = parts + split * plan.partial_floats();
-      const Vec weight = exp2(broadcast(part[plan.padded_dim] - shift));
-      row_sum += weight[0] * part[plan.padded_dim + 1];
-      for (int64_t d = 0; d < plan.padded_dim; d += kLanes)
-        store(memory + d, load(memory + d) + weight * load(part + d));
-    }
-    const int64_t head = task.head_kv * params.group() + task.head0 + r / task.rows;
-    store_out_lse<kType>(plan, task.b, task.row0 + r % task.rows, head, memory, row_max, row_sum);
+    const int64_t head = task.head_kv * plan.params.group() + task.head0 + r / task.rows;
+    merge_row<kType>(plan.params, task.b, task.row0 + r % task.rows, head,
+                     task.partial + r * (plan.padded_dim + 2), plan.splits, plan.partial_floats(),
+                     plan.padded_dim, memory);
   }
 }
 

@@ -1,15 +1,11 @@
 // The softmax of score tiles: ALiBi, mask and one online-softmax step in base 2, in place.
 #pragma once
 
-#include "cpu/pack.h"
 #include "cpu/plan.h"
+#include "cpu/row_results.h"
 
 namespace internvl::cpu::INTERNVL_ISA {
 namespace {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = __builtin_inff();
 
 // What the softmax step needs to know about each row of the tile.
 struct RowState {
