@@ -1,5 +1,6 @@
 // Registers move between the warps of a block: those that need few give some back, those that need
-// many then take them.
+// many then take them. No more is shared out than the launch gave the block: with one block to a
+// multiprocessor, for each thread an even share of 65536, rounded down to a multiple of 8.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#miscellaneous-instructions-setmaxnreg
 #pragma once
 

@@ -13,11 +13,6 @@ namespace {
 
 FiberStacks stacks;
 
-// What a block of so many threads can get at most, in steps of 8.
-uint32_t registers_at_launch(size_t threads) {
-  return static_cast<uint32_t>(std::min<size_t>(255, 65536 / threads) / 8 * 8);
-}
-
 void thread_entry() {
   Block::current->run_kernel();
   Block::current->leave();
@@ -48,7 +43,7 @@ bool Block::execute(uint32_t index, uint64_t seed) {
   arriving_.clear();
   bulk_reads_.clear();
   warpgroups_.assign((warps_.size() + 3) / 4, Warpgroup{});
-  for (Warpgroup& group : warpgroups_) group.registers = registers_at_launch(lanes_.size());
+  for (Warpgroup& group : warpgroups_) group.registers = registers_at_launch(config_.threads);
   shared_.reset(config_.shared_bytes, static_cast<uint32_t>(warps_.size()), this);
   for (Barrier& barrier : barriers_) barrier = Barrier{};
   for (uint32_t t = 0; t < lanes_.size(); ++t) {

@@ -11,7 +11,12 @@
 namespace internvl::emulator {
 
 constexpr uint32_t kWarpgroupLanes = 4 * kLanes;
-constexpr int kMaxColumns = 256;
+
+// Per thread, with one block to a multiprocessor.
+constexpr uint32_t registers_at_launch(int threads) {
+  const int even_share = 65536 / threads / 8 * 8;
+  return static_cast<uint32_t>(even_share < 255 ? even_share : 248);
+}
 
 // One wgmma from its issue by the first warp to its last delivery.
 struct Product {

@@ -10,7 +10,6 @@ namespace {
 
 constexpr uint32_t kPoisonBits = 0xffffffffu;  // NaN
 constexpr uint32_t kAllWarps = 0xfu;
-constexpr uint32_t kRegistersOfBlock = 65536;
 
 bool same_form(const WgmmaArgs& x, const WgmmaArgs& y) {
   return (x.a == nullptr) == (y.a == nullptr) && x.a_descriptor == y.a_descriptor &&
@@ -359,9 +358,12 @@ void Block::report_registers() {
     if (group.resizing != 0)
       session->report("registers", site, "only some warps of a warpgroup execute this setmaxnreg");
   }
-  if (site.file && sum > kRegistersOfBlock)
+  const uint32_t given = kWarpgroupLanes * registers_at_launch(config_.threads) *
+                         static_cast<uint32_t>(warpgroups_.size());
+  if (site.file && sum > given)
     session->report("registers", site,
-                    "the warpgroups want " + std::to_string(sum) + " registers; there are 65536");
+                    "the warpgroups want " + std::to_string(sum) + " registers; the block has " +
+                        std::to_string(given) + " from its launch");
 }
 
 }  // namespace internvl::emulator
