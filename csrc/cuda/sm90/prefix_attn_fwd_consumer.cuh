@@ -176,14 +176,13 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
     }
   }
 
-  // Scores with bias and mask, in base 2, in place of the products.
-  template <int kGroupsUnderWay>
+  // Scores with bias and mask, in base 2, in place of the products. No product is under way.
   INTERNVL_PTX_FN void mask_and_bias(int32_t j_lane, const uint32_t (&seen)[kRows]) {
     const float distance = distance_to(j_lane), scale = scale_log2();
     const tile::FwdRow rows[kRows] = {this->row(tile_row(0)), this->row(tile_row(1))};
     INTERNVL_UNROLL
     for (int i = 0; i < kBlockN / 2; ++i) {
-      if (i % 8 == 0) ptx::wgmma_hold_order<kGroupsUnderWay>();  // else all biases come first
+      if (i % 8 == 0) ptx::wgmma_hold_order<0>();  // else all biases come first
       const int r = i / 2 % 2, column = i / 4 * 8 + i % 2;
       const float away = distance + static_cast<float>(rows[r].offset - column);
       const float bias = -rows[r].slope_log2 * fabsf(away);
@@ -249,10 +248,16 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
 
   // --- the walk over the list ---
 
+  INTERNVL_PTX_FN void end_pv() {
+    fence_operands(o);
+    release_v();
+  }
+
   // The scores and weights of an entry; unless it is the first of its list, beside the product of
-  // the entry before.
+  // the entry before. (The bias of masked scores leaves no registers for that.)
   template <bool kFirst, bool kMasked>
   INTERNVL_PTX_FN void step(int32_t entry) {
+    constexpr bool kBeside = !kFirst && !kMasked;
     const int32_t j_lane = tile::entry_tile(entry) * kBlockN + 2 * (lane % 4);
     uint32_t seen[kRows];
     if constexpr (kMasked) see_keys(j_lane, seen);
@@ -264,22 +269,21 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
       start_pv();
     }
     pass_turn();
-    constexpr int kGroupsUnderWay = kFirst ? 0 : 1;
-    ptx::wgmma_wait_group<kGroupsUnderWay>();
+    ptx::wgmma_wait_group<kBeside ? 1 : 0>();
     fence_operands(s);
     release_k();
+    if constexpr (!kFirst && !kBeside) end_pv();
     float offset[kRows] = {};
     if constexpr (kMasked) {
-      mask_and_bias<kGroupsUnderWay>(j_lane, seen);
+      mask_and_bias(j_lane, seen);
       find_weights(1.0f, offset);
     } else {
       if (plan.params.alibi_slopes) linear_bias(entry, offset);
       find_weights(scale_log2(), offset);
     }
-    if constexpr (!kFirst) {
+    if constexpr (kBeside) {
       ptx::wgmma_wait_group<0>();
-      fence_operands(o);
-      release_v();
+      end_pv();
     }
     take_weights();
   }
@@ -289,8 +293,7 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
     wait_for_v();
     start_pv();
     ptx::wgmma_wait_group<0>();
-    fence_operands(o);
-    release_v();
+    end_pv();
   }
 
   INTERNVL_PTX_FN void walk_list() {
