@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from internvl_kernels.models.prefix_lm import convert_hf_causal_lm_to_prefix_lm, prompt
 from transformers import DynamicCache, StaticCache
 
@@ -182,40 +181,6 @@ def test_caches_that_drop_a_prefix_are_refused():
     cache = StaticCache(config=model.config, max_cache_len=32)
     with pytest.raises(ValueError, match="sliding-window layers, which drop the prefix"):
         model(PROMPT, bidirectional_mask=REAL, past_key_values=cache)
-
-
-def compiled_steps(model, tokens, start, **given):
-    """Logits of one token after the other on a static cache, from one compiled graph, and how many graphs it took."""
-    graphs = []
-
-    def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph
-
-    step, logits = torch.compile(model.forward, backend=backend, fullgraph=True), []
-    with torch.no_grad():
-        for at in range(start, tokens.shape[1]):
-            position = torch.full((tokens.shape[0], 1), at)
-            logits.append(step(tokens[:, at : at + 1], position_ids=position, use_cache=True, **given).logits)
-    return torch.cat(logits, 1), len(graphs)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "bloom", "mistral", "llama"])
-def test_a_compiled_step_on_a_static_cache_is_reused(name):
-    """One graph serves every decoding step: nothing in it depends on how far the cache is filled."""
-    model = converted(name)
-    tokens = torch.randint(2, 80, (2, 14), generator=torch.Generator().manual_seed(0))
-    prefix, real = (torch.arange(14)[None].expand(2, -1) < 8).long(), torch.ones(2, 14, dtype=torch.long)
-    real[1, :2] = 0
-    whole = model(tokens, attention_mask=real, bidirectional_mask=prefix).logits
-    cache = prompt.full_cache(model, {"cache_implementation": "static", "max_new_tokens": 8}, 8)
-    with torch.no_grad():
-        masks = {"attention_mask": real[:, :8], "bidirectional_mask": prefix[:, :8]}
-        model(tokens[:, :8], past_key_values=cache, use_cache=True, **masks)
-    over_buffer = {"attention_mask": F.pad(real, (0, 2), value=1), "bidirectional_mask": F.pad(prefix, (0, 2))}
-    got, graphs = compiled_steps(model, tokens, 8, past_key_values=cache, **over_buffer)
-    torch.testing.assert_close(got, whole[:, 8:], atol=5e-5 * float(whole.abs().max()), rtol=0)
-    assert graphs <= 2
 
 
 def test_chunked_prefill_and_batches_are_refused():

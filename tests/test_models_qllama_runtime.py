@@ -408,7 +408,7 @@ def test_faulty_checkpoints_are_refused(tmp_path):
         ({"input_ids": None}, "neither of input_ids"),
         ({"input_ids": torch.tensor([[3, 4], [5, -200]])}, r"input_ids\[1, 1\] is -200; expected 0 to 49"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(2, 9, 31)}, "hidden_size = 32"),
-        ({"labels": torch.zeros(2, 8, dtype=torch.long)}, "labels have shape"),
+        ({"labels": torch.zeros(2, 8, dtype=torch.long)}, "labels has shape"),
         ({"past_key_values": object()}, "past_key_values is a object"),
         ({"past_key_values": [()]}, "past_key_values holds 1 layers; this model has 3"),
         (

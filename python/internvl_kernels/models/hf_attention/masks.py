@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,7 @@ from .patterns import Pattern, recognise
 from .warn import warn_once
 
 FULL_FLAGS = semantics.FLAG_VALID | semantics.FLAG_BIDIRECTIONAL
+_interface: dict[type, bool] = {}  # not functools.cache, at which a tracer warns
 OWN_ATTENTION = ("gpt_neo", "gptj")  # not on the attention interface; ``register`` adds their classes
 
 
@@ -137,9 +137,15 @@ def _on_host(offset: int | Tensor) -> int | Tensor:
     return offset
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a tracer calls it instead of following it through all of transformers
 def _on_interface(config_class: type) -> bool:
     """False for the models of transformers that would add the carrier to their scores."""
+    if config_class not in _interface:
+        _interface[config_class] = _look_up(config_class)
+    return _interface[config_class]
+
+
+def _look_up(config_class: type) -> bool:
     from transformers import MODEL_MAPPING
 
     if config_class not in MODEL_MAPPING:

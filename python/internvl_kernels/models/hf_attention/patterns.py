@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
+
+_BIDIRECTIONAL = getattr(masking_utils, "bidirectional_mask_function", None)  # None: transformers 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,15 @@ class _Piece:
 
 
 def recognise(mask_function: Callable) -> Pattern | None:
-    """The pattern of a mask function, or None when it cannot be told."""
+    """The pattern of a mask function, or None when it cannot be told.
+
+    A tracer (``torch.compile``) can compare functions, but not look into them: all others than the two plain ones break
+    the graph once, before the layers.
+    """
+    if mask_function is masking_utils.causal_mask_function:
+        return Pattern()
+    if mask_function is _BIDIRECTIONAL:
+        return Pattern(causal=False)
     found = _read(mask_function)
     return found if isinstance(found, Pattern) else None
 

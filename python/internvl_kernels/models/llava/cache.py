@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from ..inputs import check_cache_layers
+
 
 def cache_length(past_key_values) -> int:
     """Cached tokens, of a transformers cache or of (key, value) pairs whose values are [.., T, hd]."""
@@ -28,7 +30,7 @@ def as_cache(past_key_values, n_layers: int, kv_heads: int, head_dim: int, batch
             "(key, value) pairs, one for each layer"
         )
     if isinstance(past_key_values, Cache):
-        _check_filled(past_key_values, n_layers, kv_heads, head_dim, batch)
+        check_cache_layers(past_key_values, n_layers, (batch, kv_heads, head_dim))
         return past_key_values
     if len(past_key_values) != n_layers:
         raise ValueError(f"past_key_values holds {len(past_key_values)} layers; this model has {n_layers}")
@@ -40,14 +42,6 @@ def as_cache(past_key_values, n_layers: int, kv_heads: int, head_dim: int, batch
         _check_pair(layer, key, value, (batch, kv_heads, head_dim))
         cache.update(key, value, layer)
     return cache
-
-
-def _check_filled(cache: Cache, n_layers: int, kv_heads: int, head_dim: int, batch: int) -> None:
-    layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(getattr(layer, "keys", None), Tensor)]
-    if len(layers) > n_layers:
-        raise ValueError(f"past_key_values holds {len(layers)} layers; this model has {n_layers}")
-    if layers and layers[0].keys.numel():
-        _check_pair(0, layers[0].keys, layers[0].values, (batch, kv_heads, head_dim))
 
 
 def _check_pair(layer: int, key: Tensor, value: Tensor, expected: tuple[int, int, int]) -> None:

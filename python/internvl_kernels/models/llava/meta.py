@@ -70,6 +70,14 @@ class LlavaMetaForCausalLM(VisionTokenizerSetup, ABC):
         entry, and an entry of n images joins their features; a list entry may also be one image [C, H, W].
         Raises: ValueError (number of dimensions, list entries of different sizes, width of the features).
         """
+        entries = [images] if isinstance(images, Tensor) else images
+        if not isinstance(entries, list | tuple) or not all(isinstance(entry, Tensor) for entry in entries):
+            found = type(images).__name__
+            if isinstance(images, list | tuple):
+                found += f" of {', '.join(sorted({type(entry).__name__ for entry in images}))}"
+            raise ValueError(
+                f"images is a {found}; expected a tensor or a list of tensors (image_processor makes them)"
+            )
         if isinstance(images, Tensor) and images.dim() == 4:
             per_slot = [1] * images.shape[0]
         else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import CheckedLoading
+from ..inputs import check_id_shape, check_labels, check_room
 from .cache import cache_length
 from .constants import IMAGE_TOKEN_INDEX
 from .meta import LlavaMetaForCausalLM, check_no_placeholder, check_tokens, default_prefix
@@ -46,13 +47,17 @@ class LlavaMultimodal(CheckedLoading, LlavaMetaForCausalLM):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        vocab_size = self.get_input_embeddings().weight.shape[0]
+        if input_ids is not None:
+            check_id_shape(input_ids)
+        check_labels(labels, vocab_size, placeholder=IMAGE_TOKEN_INDEX)
         past, is_image = cache_length(past_key_values), None
         step = StepInputs(input_ids, inputs_embeds, attention_mask, prefix_mask, labels)
         if input_ids is None:
             self._check_width(inputs_embeds)
         elif images is None or self.get_vision_tower() is None:
             check_no_placeholder(input_ids, "images is None" if images is None else "the model has no vision tower")
-            check_tokens(input_ids, self.get_input_embeddings().weight.shape[0])
+            check_tokens(input_ids, vocab_size)
             if self.training and images is None:
                 step.inputs_embeds = self.keep_vision_in_graph(self.get_input_embeddings()(input_ids))
                 step.input_ids = None
@@ -62,6 +67,7 @@ class LlavaMultimodal(CheckedLoading, LlavaMetaForCausalLM):
             total = past + input_ids.shape[1]  # a mask over unfused tokens; the original decodes with all ones
             step.attention_mask = attention_mask.new_ones(attention_mask.shape[0], total)
         self._check_masks(step, past)
+        check_room(past_key_values, step.shape[1])
         mode = self.config.mm_prefix
         if mode is None and prefix_mask is not None:
             raise ValueError(_CAUSAL)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from ..inputs import check_cache_layers, check_room
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,34 @@ def check_layout(pair: Sequence[Tensor], attn_impl: str) -> None:
             f"past_key_value holds tensors of shapes {shapes}; attn_impl={attn_impl!r} caches {layout}. "
             "A transformers Cache fits every implementation."
         )
+
+
+def check_past(past: Past, config, batch: int, seqlen: int, attn_impl: str) -> None:
+    """Raises ValueError for what is no cache of this model and batch, and for a static one that is full."""
+    if past is None:
+        return
+    if isinstance(past, EncoderDecoderCache) or not isinstance(past, Cache | list | tuple):
+        raise ValueError(
+            f"past_key_values is a {type(past).__name__}; allowed: a transformers Cache of one decoder, or one slot "
+            "for each layer"
+        )
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    if isinstance(past, Cache):
+        check_cache_layers(past, config.n_layers, (batch, heads, head_dim))
+        check_room(past, seqlen)
+        return
+    for layer, pair in enumerate(past):
+        if pair is None or len(pair) == 0 or isinstance(pair, CacheSlot):
+            continue
+        check_layout(pair, attn_impl)
+        value = pair[1]
+        found = (value.shape[0], *((value.shape[1], value.shape[3]) if value.dim() == 4 else value.shape[2:]))
+        wanted = (batch, heads, head_dim) if value.dim() == 4 else (batch, heads * head_dim)
+        if found != wanted or pair[0].shape[0] != batch:
+            raise ValueError(
+                f"past_key_values, layer {layer}: value has shape {list(value.shape)}; expected batch {batch}, "
+                f"{heads} key-value heads of {head_dim}"
+            )
 
 
 def layer_slots(past: Past, n_layers: int, use_cache: bool, start: int) -> list | None:

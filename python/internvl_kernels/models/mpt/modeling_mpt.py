@@ -13,9 +13,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import logging
 
 from ..checkpoint import CheckedLoading
+from ..inputs import check_given, check_labels
 from .alibi import check_attn_impl
 from .blocks import MPTBlock
-from .cache import Past, cached_length, layer_slots
+from .cache import Past, cached_length, check_past, layer_slots
 from .configuration_mpt import MPTConfig
 from .custom_embedding import SharedEmbedding
 from .generation import MPTGenerationMixin
@@ -136,8 +137,8 @@ class MPTModel(MPTPreTrainedModel):
             use_cache, past_key_values = False, None
         if inputs_embeds is not None:
             assert input_ids is None and self.alibi, "inputs_embeds needs input_ids to be None and ALiBi positions"
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        batch, seqlen = given.shape[:2]
+        batch, seqlen = check_given(input_ids, inputs_embeds, self.wte.num_embeddings, config.d_model)
+        check_past(past_key_values, config, batch, seqlen, self.attn_impl)
         past = cached_length(past_key_values, self.attn_impl)
         slots = layer_slots(past_key_values, config.n_layers, use_cache, past)
         self._check_length(past, seqlen)
@@ -259,6 +260,9 @@ class MPTForCausalLM(MPTGenerationMixin, MPTPreTrainedModel, GenerationMixin):
         """
         if inputs_embeds is not None and not self.accepts_inputs_embeds:
             raise NotImplementedError("inputs_embeds was given; MPTForCausalLM takes input_ids, MPTModel takes both")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is not None:
+            check_labels(labels, self.transformer.wte.num_embeddings, tuple(given.shape[:2]))
         outputs = self.transformer(
             input_ids=input_ids,
             past_key_values=past_key_values,

@@ -160,6 +160,9 @@ def _check_layers(cache: Cache, config, batch: int) -> None:
         keys = getattr(layer, "keys", None)
         if isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[2]:
             _check_shape(index, keys, config, batch)
+    filled = sum(isinstance(getattr(x, "keys", None), Tensor) and bool(x.keys.numel()) for x in layers)
+    if 0 < filled < config.num_hidden_layers:
+        raise ValueError(f"past_key_values has {filled} layers; this model has {config.num_hidden_layers}")
 
 
 def _check_shape(layer: int, tensor: Tensor, config, batch: int) -> None:

@@ -8,6 +8,7 @@ from transformers import GenerationMixin
 from transformers import LlamaForCausalLM as TheirLlama
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..inputs import check_labels
 from .configuration_qllama import QLlamaConfig
 from .generation import QLlamaGenerationMixin
 from .model import LlamaModel, LlamaPreTrainedModel
@@ -66,6 +67,13 @@ class LlamaForCausalLM(QLlamaGenerationMixin, LlamaPreTrainedModel, GenerationMi
             Others: as ``LlamaModel.forward``.
         Returns: logits [B, S, V]; loss (mean next-token cross entropy) with labels; the rest as ``LlamaModel``.
         """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is not None:
+            check_labels(labels, self.lm_head.weight.shape[0], tuple(given.shape[:2]))
+        if labels is not None and logits_to_keep:
+            raise ValueError(
+                f"labels were given with logits_to_keep={logits_to_keep}; they need every position: pass 0"
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -80,11 +88,6 @@ class LlamaForCausalLM(QLlamaGenerationMixin, LlamaPreTrainedModel, GenerationMi
             use_zero_attention_mask=use_zero_attention_mask,
         )
         hidden = outputs.last_hidden_state
-        if labels is not None and (tuple(labels.shape) != tuple(hidden.shape[:2]) or logits_to_keep):
-            raise ValueError(
-                f"labels have shape {list(labels.shape)} with logits_to_keep={logits_to_keep}; expected "
-                f"{list(hidden.shape[:2])} and logits_to_keep=0"
-            )
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:

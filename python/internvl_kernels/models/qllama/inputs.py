@@ -114,11 +114,17 @@ def block_rows(num_query_token: int, past, seqlen: int, has_vision: bool, zero_m
 
     Args:
         past: ``cache.Past``; a tensor start (a compiled step on a static cache) stands behind the block.
-    Raises: ValueError (a chunk inside the block, where the earlier part cannot be as in one pass).
+    Raises: ValueError (a chunk inside the block, where the earlier part cannot be as in one pass; no vision states for
+        a cache that keeps them).
     """
     if isinstance(past.start, Tensor) or past.start >= num_query_token:
         return 0
     if past.keeps_vision():
+        if not has_vision and not past.has_vision():
+            raise ValueError(
+                "vision_hidden_states is None and past_key_values, an EncoderDecoderCache, holds no projected vision "
+                f"states; the first {num_query_token} tokens need them"
+            )
         if zero_mask and (past.start or seqlen < num_query_token):
             raise ValueError(
                 f"tokens {past.start} to {past.start + seqlen} cut the block of {num_query_token} query tokens under "

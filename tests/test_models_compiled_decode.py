@@ -1,0 +1,55 @@
+"""Compiled decoding on a static cache: a step is one graph, whatever the cache holds, and equals one pass."""
+
+import pytest
+import torch
+from internvl_kernels.models.prefix_lm import convert_hf_causal_lm_to_prefix_lm, prompt
+
+from tests.hf_models import TRANSFORMERS_5, model_of
+
+START, TOTAL = 8, 13
+
+
+def tokens():
+    return torch.randint(2, 40, (2, TOTAL), generator=torch.Generator().manual_seed(0))
+
+
+def masks(prefix: str | None) -> dict:
+    """Row 1 is padded on the left; the prompt is the prefix, with a hole."""
+    real = torch.ones(2, TOTAL, dtype=torch.long)
+    real[1, :2] = 0
+    opened = (torch.arange(TOTAL) < START).long().expand(2, -1).clone()
+    opened[0, 3] = 0
+    return {"attention_mask": real, **({prefix: opened} if prefix else {})}
+
+
+def until(given: dict, end: int) -> dict:
+    return {name: mask[:, :end] for name, mask in given.items()}
+
+
+def check(model, cache, given: dict, positions: bool = True) -> None:
+    """Compiled steps of one token on ``cache`` give the logits of one pass over everything."""
+    torch._dynamo.reset()  # models share code, and with it a limit of graphs
+    ids, graphs = tokens(), []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    step = torch.compile(model.forward, backend=backend, fullgraph=TRANSFORMERS_5)  # 4: the cache counts its zeros
+    at = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    where = (lambda a, b: {"position_ids": at[:, a:b]}) if positions else (lambda a, b: {})
+    with torch.no_grad():
+        whole = model(ids, use_cache=False, **given, **where(0, TOTAL)).logits
+        model(ids[:, :START], past_key_values=cache, use_cache=True, **until(given, START), **where(0, START))
+        for i in range(START, TOTAL):
+            now = {"past_key_values": cache, "use_cache": True, **until(given, i + 1), **where(i, i + 1)}
+            logits = step(ids[:, i : i + 1], **now).logits
+            torch.testing.assert_close(logits[:, 0], whole[:, i], atol=5e-5 * float(whole.abs().max()), rtol=0)
+    assert graphs and (len(graphs) <= 3 or not TRANSFORMERS_5), len(graphs)  # fixed lengths, then any
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "mistral"])
+def test_prefix_lms(name):
+    model = convert_hf_causal_lm_to_prefix_lm(model_of(name))
+    cache = prompt.full_cache(model, {"cache_implementation": "static", "max_new_tokens": 8}, START)
+    check(model, cache, masks("bidirectional_mask"), positions=name != "bloom")
