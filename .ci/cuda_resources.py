@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN = re.compile(r"prefix_attn_(fwd|bwd_kv|bwd_q)_kernel")
+MAIN = re.compile(r"prefix_attn_(fwd|decode|bwd_kv|bwd_q)_kernel")
 FEW_SPILLS = 8  # loads and stores outside of the hot loop: once per block
 REGISTER_FILE = 65536
 COUNTED = ("HMMA", "HGMMA", "UTMALDG", "LDSM", "MUFU", "FFMA", "FMNMX", "FADD", "FMUL", "LDGSTS", "BAR")
@@ -77,7 +77,7 @@ def is_product(text):
 
 
 def hot_loop(instructions):
-    """The smallest loop that holds a quarter of the kernel's tensor-core instructions, or nothing."""
+    """The smallest loop that holds more than a third of the kernel's tensor-core instructions, or nothing."""
     total = sum(is_product(text) for _, text in instructions)
     best = None
     for end, text in instructions:
@@ -85,7 +85,7 @@ def hot_loop(instructions):
         if not found or int(found.group(1), 16) >= end:
             continue
         body = [t for a, t in instructions if int(found.group(1), 16) <= a <= end]
-        if 4 * sum(is_product(t) for t in body) >= total > 0 and (best is None or len(body) < len(best)):
+        if 3 * sum(is_product(t) for t in body) > total > 0 and (best is None or len(body) < len(best)):
             best = body
     return best or []
 

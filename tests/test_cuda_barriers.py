@@ -31,7 +31,7 @@ OUTSIDE = Case(
 )
 # Lists of more tiles than a block has threads, few of which are visible.
 LONG = {
-    "many keys": Case(seqlen_q=2, seqlen_k=17000, heads_q=1, heads_kv=1, window=40, dtype="bfloat16", alibi="mpt"),
+    "many keys": Case(seqlen_q=70, seqlen_k=17000, heads_q=1, heads_kv=1, window=40, dtype="bfloat16", alibi="mpt"),
     "many queries": Case(
         seqlen_q=17000, seqlen_k=40, heads_q=1, heads_kv=1, dtype="bfloat16", query_start=(-8500,), window=30
     ),

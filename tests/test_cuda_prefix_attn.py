@@ -86,8 +86,8 @@ def test_random(seed):
 
 def test_a_missing_barrier_or_wait_is_found():
     """Every one is needed: the loop's in a call of several tiles, the one before the output where no key is visible."""
-    several = testing.build(vary(seqlen_q=64, seqlen_k=300, heads_q=1))
-    none = testing.build(vary(seqlen_q=64, seqlen_k=64, heads_q=1, key_range=((9, 9),)))
+    several = testing.build(vary(seqlen_q=70, seqlen_k=300, heads_q=1))
+    none = testing.build(vary(seqlen_q=70, seqlen_k=70, heads_q=1, key_range=((9, 9),)))
     _, session = attention.forward(several)
     sites = session.kernels()["prefix_attn_fwd"]["synchronising"]
     own = [site for site in sites if "prefix_attn_fwd_kernel" in site]

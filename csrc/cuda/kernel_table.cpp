@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cuda/sm80/prefix_attn_bwd.h"
+#include "cuda/sm80/prefix_attn_decode.h"
 #include "cuda/sm80/prefix_attn_fwd.h"
 #include "cuda/sm90/prefix_attn_fwd.h"
 
@@ -26,10 +27,26 @@ constexpr AttnKernels sm80_row() {
           0,
           kDType<T>,
           kHeadDim,
+          nullptr,
           &sm80::prefix_attn_fwd_workspace_bytes<T, kHeadDim>,
           &sm80::prefix_attn_fwd<T, kHeadDim>,
           &sm80::prefix_attn_bwd_workspace_bytes<T, kHeadDim>,
           &sm80::prefix_attn_bwd<T, kHeadDim>};
+}
+
+// Also where a newer architecture has a forward: that one does not split the keys.
+template <class T, int kHeadDim>
+constexpr AttnKernels decode_row() {
+  return {"sm80 decode",
+          80,
+          0,
+          kDType<T>,
+          kHeadDim,
+          &sm80::is_decode,
+          &sm80::prefix_attn_decode_workspace_bytes<T, kHeadDim>,
+          &sm80::prefix_attn_decode<T, kHeadDim>,
+          nullptr,
+          nullptr};
 }
 
 template <class T, int kHeadDim>
@@ -39,13 +56,14 @@ constexpr AttnKernels sm90_row() {
           90,
           kDType<T>,
           kHeadDim,
+          nullptr,
           &sm90::prefix_attn_fwd_workspace_bytes<T, kHeadDim>,
           &sm90::prefix_attn_fwd<T, kHeadDim>,
           nullptr,
           nullptr};
 }
 
-#define INTERNVL_SM80(T, head_dim) sm80_row<ptx::T, head_dim>(),
+#define INTERNVL_SM80(T, head_dim) sm80_row<ptx::T, head_dim>(), decode_row<ptx::T, head_dim>(),
 #define INTERNVL_SM90(T, head_dim) sm90_row<ptx::T, head_dim>(),
 const AttnKernels kAttnKernels[] = {
 #include "kernel_rows.inc"
@@ -61,6 +79,7 @@ bool runs_on(const AttnKernels& row, const DeviceInfo& device) {
 
 bool better(const AttnKernels& row, const AttnKernels* best) {
   if (best == nullptr) return true;
+  if ((row.takes != nullptr) != (best->takes != nullptr)) return row.takes != nullptr;
   if (row.min_compute_capability != best->min_compute_capability)
     return row.min_compute_capability > best->min_compute_capability;
   return row.head_dim < best->head_dim;
@@ -79,6 +98,7 @@ const AttnKernels* find_attn_kernels(const PrefixAttnParams& params, const Devic
   for (const AttnKernels& row : kAttnKernels) {
     const bool has_pass = pass == Pass::kForward ? row.fwd != nullptr : row.bwd != nullptr;
     if (row.dtype != params.dtype || !has_pass || !runs_on(row, device)) continue;
+    if (row.takes != nullptr && !row.takes(params)) continue;
     head_dims.insert(row.head_dim);
     if (row.head_dim >= params.head_dim && better(row, best)) best = &row;
   }

@@ -3,8 +3,9 @@
 // operator, dtype and head dim).
 //
 // Which row serves a call, forward and backward each for itself: of those that run on the device,
-// take the dtype and hold the head dim (padded with zeros on the way into shared memory), the ones
-// of the newest architecture, and of these the smallest head dim.
+// take the call's shape and dtype and hold the head dim (padded with zeros on the way into shared
+// memory), the ones made for such shapes, then the ones of the newest architecture, and of these
+// the smallest head dim.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +29,7 @@ struct AttnKernels {
   int max_compute_capability;  // 0: none
   DType dtype;
   int head_dim;
+  bool (*takes)(const PrefixAttnParams&);  // which shapes the row is made for; null: any
   int64_t (*fwd_bytes)(const PrefixAttnParams&, const DeviceInfo&);
   LaunchStatus (*fwd)(const PrefixAttnParams&, const DeviceInfo&, void* workspace, void* stream);
   int64_t (*bwd_bytes)(const PrefixAttnParams&, const PrefixAttnGrads&, const DeviceInfo&);

@@ -4,6 +4,7 @@
 #include "cuda/tile/key_norms.cuh"
 #include "cuda/tile/key_summary.cuh"
 #include "cuda/tile/pack_rows.cuh"
+#include "cuda/tile/zero_words.cuh"
 
 namespace internvl::cuda {
 namespace {
@@ -79,7 +80,7 @@ bool too_many_tiles(const PrefixAttnParams& params, int block_n) {
 }
 
 LaunchStatus run_prepass(Workspace& workspace, const PrefixAttnParams& params, int block_n,
-                         bool prune, void* stream, Prepass* result) {
+                         bool prune, void* stream, Prepass* result, float least_slope) {
   *result = {};
   result->block_n = block_n;
   result->tile_count = (params.seqlen_k + block_n - 1) / block_n;
@@ -109,6 +110,7 @@ LaunchStatus run_prepass(Workspace& workspace, const PrefixAttnParams& params, i
   plan.summaries = summaries;
   plan.block_n = block_n;
   plan.tile_count = result->tile_count;
+  plan.least_slope = least_slope;
   plan.norms = workspace.take<float>(tiles * params.heads_kv);
   result->key_norms = plan.norms;
   result->prune_threshold = prune_threshold(params.dtype, params.seqlen_k);
@@ -118,6 +120,12 @@ LaunchStatus run_prepass(Workspace& workspace, const PrefixAttnParams& params, i
                      config_of("key_norms", tiles * params.heads_kv, tile::kNormThreads,
                                tile::kNormThreads / 32 * 4, stream),
                      plan);
+}
+
+LaunchStatus zero_words(uint32_t* words, int64_t count, void* stream) {
+  const int64_t blocks = (count + tile::kZeroThreads - 1) / tile::kZeroThreads;
+  return ptx::launch(tile::zero_words_kernel<tile::kZeroThreads>,
+                     config_of("zero_words", blocks, tile::kZeroThreads, 0, stream), words, count);
 }
 
 }  // namespace internvl::cuda

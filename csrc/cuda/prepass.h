@@ -64,8 +64,12 @@ LaunchStatus align_inputs(Workspace& workspace, PrefixAttnParams* params, void* 
 // Would the grid of a prepass exceed what a launch takes?
 bool too_many_tiles(const PrefixAttnParams& params, int block_n);
 
-// Summaries and, with `prune`, norms for tiles of block_n keys. k must be aligned.
+// Summaries and, with `prune`, norms for tiles of block_n keys. k must be aligned. KV heads with a
+// query head less steep than `least_slope` get infinite norms, and nobody reads their keys.
 LaunchStatus run_prepass(Workspace& workspace, const PrefixAttnParams& params, int block_n,
-                         bool prune, void* stream, Prepass* result);
+                         bool prune, void* stream, Prepass* result, float least_slope = 0.0f);
+
+// Zeros, for counters: working memory holds anything.
+LaunchStatus zero_words(uint32_t* words, int64_t count, void* stream);
 
 }  // namespace internvl::cuda

@@ -20,7 +20,8 @@ struct KeyNormPlan {
   KeySummaries summaries;
   int block_n = 0;
   int64_t tile_count = 0;
-  float* norms = nullptr;  // [batch][heads_kv][tile_count]
+  float least_slope = 0.0f;  // norms of KV heads with flatter query heads are infinite
+  float* norms = nullptr;    // [batch][heads_kv][tile_count]
 };
 
 // Sum of squares of elements [8 * chunk, ...) of a row, no further than head_dim.
@@ -34,6 +35,16 @@ INTERNVL_PTX_FN float chunk_squares(const char* row, int chunk, int head_dim) {
     sum = ptx::fma(x, x, sum);
   }
   return sum;
+}
+
+// Is some query head of KV head `h` less steep than the plan asks for?
+INTERNVL_PTX_FN bool has_flat_head(const KeyNormPlan& plan, int64_t h) {
+  if (plan.least_slope == 0.0f) return false;
+  const int group = static_cast<int>(plan.params.heads_q / plan.params.heads_kv);
+  for (int i = 0; i < group; ++i)
+    if (!(ptx::ld_global_nc(plan.params.alibi_slopes + h * group + i) >= plan.least_slope))
+      return true;
+  return false;
 }
 
 // Infinite where it is NaN: such a tile is never skipped.
@@ -51,6 +62,10 @@ __global__ void __launch_bounds__(kNormThreads) key_norm_kernel(const KeyNormPla
   const int64_t tile = blockIdx.x % tiles;
   const int64_t b = head / heads, h = head % heads;
   const int thread = static_cast<int>(threadIdx.x);
+  if (has_flat_head(plan, h)) {
+    if (thread == 0) ptx::st_global(plan.norms + blockIdx.x, INFINITY);
+    return;
+  }
   const KeyMask mask = key_mask(params, plan.summaries, plan.tile_count, b);
   const Rows rows = rows_of(params.k, b, h);
   const int head_dim = static_cast<int>(params.head_dim);
