@@ -6,6 +6,7 @@
 #include "cuda/sm80/prefix_attn_bwd.h"
 #include "cuda/sm80/prefix_attn_decode.h"
 #include "cuda/sm80/prefix_attn_fwd.h"
+#include "cuda/sm90/prefix_attn_bwd.h"
 #include "cuda/sm90/prefix_attn_fwd.h"
 
 namespace internvl {
@@ -59,8 +60,8 @@ constexpr AttnKernels sm90_row() {
           nullptr,
           &sm90::prefix_attn_fwd_workspace_bytes<T, kHeadDim>,
           &sm90::prefix_attn_fwd<T, kHeadDim>,
-          nullptr,
-          nullptr};
+          &sm90::prefix_attn_bwd_workspace_bytes<T, kHeadDim>,
+          &sm90::prefix_attn_bwd<T, kHeadDim>};
 }
 
 #define INTERNVL_SM80(T, head_dim) sm80_row<ptx::T, head_dim>(), decode_row<ptx::T, head_dim>(),
