@@ -174,14 +174,14 @@ class OperatorCalls(TorchDispatchMode):
 
 def kernels_used(model, scans: dp.Scans) -> str:
     """The backend, and the package's operators that one more training step calls."""
-    from internvl_kernels import env, registration
+    from internvl_kernels import registration, variables
 
     model.train()
     batch = training_batch(dp.draw(scans, BATCH, dp.TRAINING_HAND, torch.Generator().manual_seed(0)))
     with OperatorCalls() as calls:
         model(**batch).loss.backward()
     model.zero_grad()
-    backend = env.default_backend() or ("cpu" if registration.LIBRARY_ERROR is None else "none")
+    backend = variables.default_backend() or ("cpu" if registration.LIBRARY_ERROR is None else "none")
     isa = registration.cpu_info().get("isa", "no compiled kernels")
     counts = ", ".join(f"{name} x{count}" for name, count in calls.count.items())
     return f"backend {backend}, {isa}, {torch.get_num_threads()} threads; one step calls {counts or 'none of them'}"
