@@ -56,6 +56,21 @@ INTERNVL_INLINE void over_row(int64_t width, const Whole& whole, const Rest& res
   if (d < width) rest(d, width - d);
 }
 
+// The memory of a part's next row, fetched while this one is computed: the processor's own
+// prefetches stop at the end of a page, and a row of a part is about a page.
+template <class T>
+struct NextRow {
+  const T *x, *grad, *out;
+
+  // Of a loop that takes kStep numbers at a time and stands at number d.
+  template <int64_t kStep>
+  INTERNVL_INLINE static void fetch(const T* row, int64_t d) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (kStep < kLine && d % kLine != 0) return;
+    for (int64_t i = 0; i < kStep; i += kLine) __builtin_prefetch(row + d + i);
+  }
+};
+
 // Zero where the TwoVecs order holds no number of the row's last `count`.
 template <DType kType>
 INTERNVL_INLINE TwoVecs keep_inside(TwoVecs x, int64_t count) {
@@ -86,10 +101,13 @@ INTERNVL_INLINE void load_parameter(const void* parameter, int64_t width, float*
 
 template <DType kType>
 INTERNVL_INLINE void copy_clipped(const Clip& rounded, const typename Element<kType>::type* x,
-                                  typename Element<kType>::type* out, int64_t width) {
+                                  typename Element<kType>::type* out, int64_t width,
+                                  const NextRow<typename Element<kType>::type>& next) {
   over_row(
       width,
       [&](int64_t d) __attribute__((always_inline)) {
+        next.template fetch<kTwo>(next.x, d);
+        next.template fetch<kTwo>(next.out, d);
         store_two_exact<kType>(out + d, rounded(load_two<kType>(x + d)));
       },
       [&](int64_t d, int64_t count) {
@@ -102,7 +120,9 @@ template <DType kType>
 INTERNVL_INLINE void normalize_row(const Clip& clip, float eps,
                                    const typename Element<kType>::type* x, const float* weight,
                                    const float* bias, typename Element<kType>::type* out,
-                                   int64_t width, float* row, float* statistics) {
+                                   int64_t width,
+                                   const NextRow<typename Element<kType>::type>& next, float* row,
+                                   float* statistics) {
   TwoVecs sum{};
   const auto add = [&](int64_t d, TwoVecs x) __attribute__((always_inline)) {
     x = clip(x);
@@ -128,6 +148,7 @@ INTERNVL_INLINE void normalize_row(const Clip& clip, float eps,
   for (; d + 2 * kTwo <= width; d += 2 * kTwo) {
     add_squares(centered(d), squares[0]);
     add_squares(centered(d + kTwo), squares[1]);
+    next.template fetch<2 * kTwo>(next.x, d);
   }
   for (; d < width; d += kTwo) add_squares(keep_inside<kType>(centered(d), width - d), squares[0]);
   const float variance = horizontal_sum((squares[0].first + squares[0].second) +
@@ -142,7 +163,10 @@ INTERNVL_INLINE void normalize_row(const Clip& clip, float eps,
   };
   over_row(
       width,
-      [&](int64_t d) __attribute__((always_inline)) { store_two<kType>(out + d, normal(d)); },
+      [&](int64_t d) __attribute__((always_inline)) {
+        next.template fetch<kTwo>(next.out, d);
+        store_two<kType>(out + d, normal(d));
+      },
       [&](int64_t d, int64_t count) { store_two_partial<kType>(out + d, normal(d), count); });
   statistics[0] = mean;
   statistics[1] = inverse_std;
@@ -169,11 +193,12 @@ void clip_qk_layernorm_rows(const ClipQkLayernormParams& params, int64_t begin, 
                         int64_t offset, void* out, int64_t width, float* statistics) {
     const T* x = static_cast<const T*>(params.qkv) + r * params.qkv_stride + offset;
     T* y = static_cast<T*>(out) + r * width;
-    statistics[0] = statistics[1] = 0.0f;
+    const NextRow<T> next = {x + params.qkv_stride, nullptr, y + width};
+    if (statistics) statistics[0] = statistics[1] = 0.0f;
     if (norm)
-      normalize_row<kType>(clip, params.eps, x, weight, bias, y, width, scratch, statistics);
+      normalize_row<kType>(clip, params.eps, x, weight, bias, y, width, next, scratch, statistics);
     else
-      copy_clipped<kType>(rounded, x, y, width);
+      copy_clipped<kType>(rounded, x, y, width, next);
   };
   for (int64_t r0 = begin; r0 < end; r0 += kRowsTogether) {
     const int64_t r1 = smallest(r0 + kRowsTogether, end);
@@ -184,10 +209,8 @@ void clip_qk_layernorm_rows(const ClipQkLayernormParams& params, int64_t begin, 
       part(r, params.k_weight, parameters[2], parameters[3], params.q_width, params.k,
            params.k_width, params.statistics + 4 * r + 2);
     for (int64_t r = r0; r < r1; ++r)
-      copy_clipped<kType>(rounded,
-                          static_cast<const T*>(params.qkv) + r * params.qkv_stride +
-                              params.q_width + params.k_width,
-                          static_cast<T*>(params.v) + r * params.k_width, params.k_width);
+      part(r, false, nullptr, nullptr, params.q_width + params.k_width, params.v, params.k_width,
+           nullptr);
   }
 }
 
@@ -196,10 +219,14 @@ void clip_qk_layernorm_rows(const ClipQkLayernormParams& params, int64_t begin, 
 template <DType kType>
 INTERNVL_INLINE void copy_gradient(const Clip& clip, const typename Element<kType>::type* x,
                                    const typename Element<kType>::type* grad,
-                                   typename Element<kType>::type* out, int64_t width) {
+                                   typename Element<kType>::type* out, int64_t width,
+                                   const NextRow<typename Element<kType>::type>& next) {
   over_row(
       width,
       [&](int64_t d) __attribute__((always_inline)) {
+        next.template fetch<kTwo>(next.x, d);
+        next.template fetch<kTwo>(next.grad, d);
+        next.template fetch<kTwo>(next.out, d);
         store_two_exact<kType>(out + d,
                                clip.gradient(load_two<kType>(x + d), load_two<kType>(grad + d)));
       },
@@ -219,6 +246,7 @@ INTERNVL_INLINE void normalize_row_backward(const Clip& clip,
                                             const typename Element<kType>::type* grad,
                                             const float* weight, float mean, float inverse_std,
                                             typename Element<kType>::type* out, int64_t width,
+                                            const NextRow<typename Element<kType>::type>& next,
                                             float* dweight, float* dbias) {
   TwoVecs sum{}, dot{};
   const auto add = [&](int64_t d, Vec x, Vec dy, Vec& sum, Vec& dot)
@@ -237,6 +265,7 @@ INTERNVL_INLINE void normalize_row_backward(const Clip& clip,
   over_row(
       width,
       [&](int64_t d) __attribute__((always_inline)) {
+        next.template fetch<kTwo>(next.out, d);
         add_two(d, load_two<kType>(x + d), load_two<kType>(grad + d));
       },
       [&](int64_t d, int64_t count) {
@@ -257,6 +286,8 @@ INTERNVL_INLINE void normalize_row_backward(const Clip& clip,
   over_row(
       width,
       [&](int64_t d) __attribute__((always_inline)) {
+        next.template fetch<kTwo>(next.x, d);
+        next.template fetch<kTwo>(next.grad, d);
         store_two<kType>(out + d, gradients(d, load_two<kType>(x + d), load_two<kType>(grad + d)));
       },
       [&](int64_t d, int64_t count) {
@@ -286,13 +317,15 @@ INTERNVL_INLINE void backward_part(const ClipQkLayernormParams& params,
   const T* grad = part.grad ? static_cast<const T*>(part.grad) + r * part.grad_stride
                             : reinterpret_cast<const T*>(zeros);
   T* out = static_cast<T*>(grads.grad_qkv) + r * params.width() + part.offset;
-  if (!part.given) return copy_gradient<kType>(clip, x, grad, out, part.width);
+  const NextRow<T> next = {x + params.qkv_stride, grad + (part.grad ? part.grad_stride : 0),
+                           out + params.width()};
+  if (!part.given) return copy_gradient<kType>(clip, x, grad, out, part.width, next);
   const float* statistics = params.statistics + 4 * r + part.statistics;
   const float nan = __builtin_nanf("");  // as in load_parameter
   const float mean = statistics[0] == statistics[0] ? statistics[0] : nan;
   const float inverse_std = statistics[1] == statistics[1] ? statistics[1] : nan;
   normalize_row_backward<kType>(clip, x, grad, part.weight, mean, inverse_std, out, part.width,
-                                part.sums, part.sums + round_up(part.width, kTwo));
+                                next, part.sums, part.sums + round_up(part.width, kTwo));
 }
 
 // Rows [begin, end); the parameter gradients of these rows are left in four fp32 rows of `sums`,
