@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from tests import llava_models
+from tests.qllama_models import tiny
 from tests.test_models_mpt import EmbeddingLM, tiny_model
-from tests.test_models_qllama import tiny
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10], [13, 14, 15, 16, 17, 18, 19, 20]])
 

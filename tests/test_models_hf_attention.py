@@ -11,6 +11,7 @@ from internvl_kernels.models import hf_attention
 from internvl_kernels.models.hf_attention import attention, carrier, warn
 
 from tests.hf_models import CONFIGS, TRANSFORMERS_5, VOCABULARY, gemma3, model_of, paligemma, randomised
+from tests.largest_tensor import LargestTensor
 
 ON_INTERFACE = [name for name in CONFIGS if name not in ("gpt_neo", "gptj", "bloom")]
 NAME = hf_attention.register()
@@ -247,30 +248,16 @@ def test_models_off_the_interface_are_refused():
 
 def test_no_dense_mask_is_built():
     """No tensor of S x S elements or more exists in a forward and backward pass."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     length = 384
-    largest = 0
-
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for t in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(t, torch.Tensor):
-                    largest = max(largest, t.untyped_storage().nbytes() // max(t.element_size(), 1))
-            return out
-
     model = model_of("llama", NAME, max_position_embeddings=512).train()
     ids, mask = tokens(1, length), torch.ones(1, length, dtype=torch.long)
     mask[0, :5] = 0
-    with Largest():
+    with LargestTensor() as largest:
         model(ids, attention_mask=mask).logits[:, -1].sum().backward()
-    assert largest < length * length
-    largest = 0
-    with Largest():
+    assert largest.numel < length * length
+    with LargestTensor() as largest:
         model_of("llama", "eager", max_position_embeddings=512)(ids, attention_mask=mask)
-    assert largest >= length * length, "the probe sees nothing"
+    assert largest.numel >= length * length, "the probe sees nothing"
 
 
 @pytest.mark.parametrize("planes", range(8))

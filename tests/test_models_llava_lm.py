@@ -3,10 +3,10 @@
 import pytest
 import torch
 from internvl_kernels.models.llava import LlavaConfig, LlavaLlamaForCausalLM
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from tests.largest_tensor import LargestTensor
 from tests.llava_models import IGN, IMG, KINDS, PATCHES, batch, config_of, left_padded, model_of, rows_of
 
 PREFIXES = (None, "prompt", "images")
@@ -265,19 +265,6 @@ def test_half_precision_and_autocast_stay_close_to_fp32(kind):
     torch.testing.assert_close(low.loss.float(), wanted.loss, atol=0.1, rtol=0.1)
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_no_tensor_is_as_large_as_the_square_of_the_sequence(kind, prefix):
@@ -285,8 +272,7 @@ def test_no_tensor_is_as_large_as_the_square_of_the_sequence(kind, prefix):
     ids = torch.randint(2, 40, (1, tokens))
     ids[0, 3] = ids[0, 500] = IMG
     labels = torch.where(torch.arange(tokens) < 700, IGN, ids)
-    largest = Largest()
-    with largest:
+    with LargestTensor() as largest:
         model(input_ids=ids, labels=labels, images=torch.rand(2, 3, 16, 16)).loss.backward()
     assert largest.numel < tokens * tokens / 4, largest.numel  # MLP activations have 1030 * 128
 

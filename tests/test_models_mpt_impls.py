@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from internvl_kernels.models.mpt import MPTConfig, MPTForCausalLM, MPTModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from tests.largest_tensor import LargestTensor
 
 SWITCHES = ("alibi", "prefix_lm", "padding", "segments", "clip", "qk_ln")
 
@@ -76,20 +76,6 @@ def test_implementations_agree(attn_type, switches):
         for name, grad in results[impl][1].items():
             atol = 2e-5 * max(1.0, float(grads[name].abs().max()))  # sums of many terms: relative to the largest
             torch.testing.assert_close(grad, grads[name], atol=atol, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements any operator's result has."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(result) if torch.is_tensor(t)]
-        self.numel = max(self.numel, *sizes, 0)
-        return result
 
 
 def largest_of_a_step(impl, prefix, length):

@@ -20,6 +20,7 @@ from internvl_kernels.models.prefix_lm.families import bloom_alibi, bloom_alibi_
 
 from tests.golden import case_ids, replay
 from tests.hf_models import CONFIGS, FAMILIES, TRANSFORMERS_5, model_of
+from tests.largest_tensor import LargestTensor
 from tests.prefix_lm_reference import SymmetricBloom, bloom_slopes, reference, reference_model
 
 BANK = Path(__file__).parent / "golden_bank"
@@ -182,32 +183,21 @@ def test_bloom_slopes(heads):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_dense_mask_and_no_alibi_tensor(name, monkeypatch):
     """No tensor of S x S elements exists in a training step, and the kernels run in every layer."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    length, largest, calls = 400, 0, []
+    length, calls = 400, []
     original = attention.prefix_attention
     monkeypatch.setattr(attention, "prefix_attention", lambda *a, **k: calls.append(k) or original(*a, **k))
-
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for t in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(t, torch.Tensor):
-                    largest = max(largest, t.untyped_storage().nbytes() // max(t.element_size(), 1))
-            return out
 
     positions = {} if name == "bloom" else {"max_position_embeddings": 512}
     model, ids = converted(name, **positions).train(), tokens(1, length)
     real, prefix = torch.ones_like(ids), torch.zeros_like(ids)
     real[0, :5], prefix[0, :100] = 0, 1
-    with Largest():
+    with LargestTensor() as largest:
         model(ids, attention_mask=real, bidirectional_mask=prefix, labels=ids).loss.backward()
-    assert len(calls) == 2 and 0 < largest < length * length
+    assert len(calls) == 2 and 0 < largest.numel < length * length
     revert_prefix_lm(model)
-    with Largest():
+    with LargestTensor() as largest:
         model(ids, attention_mask=real)
-    assert largest >= length * length, "the probe sees nothing"
+    assert largest.numel >= length * length, "the probe sees nothing"
 
 
 # ---- what must not be disturbed ----

@@ -189,3 +189,20 @@ def test_chunked_prefill_and_batches_are_refused():
         model.generate(PROMPT, attention_mask=REAL, prefill_chunk_size=4, **GREEDY)
     with pytest.raises(NotImplementedError, match="no prefix masks"):
         model.generate_batch([[1, 2]])
+
+
+@pytest.mark.parametrize(
+    "mask,error,message",
+    [
+        (torch.ones(2, 10, dtype=torch.long), ValueError, "covers 10 keys, the prompt 9; what is generated is causal"),
+        (torch.ones(3, 9, dtype=torch.long), ValueError, r"shape \[3, 9\]; expected \[batch, keys\] with batch 2"),
+        (torch.ones(2, 9), TypeError, "dtype torch.float32"),
+        ([[1] * 9] * 2, TypeError, "is a list"),
+    ],
+)
+def test_wrong_masks_are_refused_before_the_prompt_is_read(mask, error, message):
+    model = converted("gpt2")
+    model.forward = None  # nothing may run
+    for masked in ({"attention_mask": REAL}, {}):
+        with pytest.raises(error, match=message):
+            model.generate(PROMPT, bidirectional_mask=mask, **masked, **GREEDY)

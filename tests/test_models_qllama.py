@@ -5,70 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from internvl_kernels.models import qllama
-from internvl_kernels.models.qllama import LlamaForCausalLM, LlamaModel, QLlamaConfig, layers
+from internvl_kernels.models.qllama import LlamaModel, layers
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as TheirLlama
 
 from tests.golden import case_ids, replay
+from tests.largest_tensor import LargestTensor
+from tests.qllama_models import SIZES, WIDTH, N, ids, padded_left, tiny
 
 BANK = Path(__file__).parent / "golden_bank"
-N, WIDTH, VOCAB = 6, 20, 50  # query tokens, vision width, vocabulary
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def tiny(cls=LlamaForCausalLM, **changes):
-    torch.manual_seed(7)
-    config = QLlamaConfig(num_query_token=N, vision_hidden_size=WIDTH, **{**SIZES, **changes})
-    model = cls(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return model
-
-
-def ids(batch, length):
-    return torch.randint(2, VOCAB, (batch, length))
-
-
-def padded_left(batch, length, *pads):
-    mask = torch.ones(batch, length, dtype=torch.long)
-    for row, pad in enumerate(pads):
-        mask[row, :pad] = 0
-    return mask
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor that an operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 # ---- dense float64 oracle ----
@@ -310,7 +261,7 @@ def test_fused_paths_hold_nothing_of_the_size_of_a_mask():
         out = model(**inputs, attention_mask=mask, use_zero_attention_mask=True, use_cache=False).last_hidden_state
         out.sum().backward()
         model.forward_train(**inputs, use_cache=False).last_hidden_state.sum().backward()
-    assert largest.elements <= seqlen * 48 < seqlen * seqlen / 4
+    assert largest.numel <= seqlen * 48 < seqlen * seqlen / 4
     with LargestTensor() as largest, torch.no_grad():
         model(**inputs, output_attentions=True)
-    assert largest.elements >= seqlen * seqlen
+    assert largest.numel >= seqlen * seqlen

@@ -9,8 +9,8 @@ from torch import nn
 
 from tests import llava_models
 from tests.hf_models import model_of
+from tests.qllama_models import VOCAB, WIDTH, tiny
 from tests.test_models_mpt import tiny_model
-from tests.test_models_qllama import VOCAB, WIDTH, tiny
 
 
 def prefix_lm(name):

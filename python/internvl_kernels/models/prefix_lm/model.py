@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from .carriers import cache_sizes, carrier_of, check_bidirectional_mask, packed_segments
 from .families import family_of
 from .layers import install
-from .prompt import check_generation, full_cache, has_window, prompt_mask, setting
+from .prompt import check_generation, check_prompt_mask, full_cache, has_window, prompt_length, prompt_mask, setting
 
 
 class PrefixLM:
@@ -50,17 +50,18 @@ class PrefixLM:
         """As ``GenerationMixin.generate``, with the prompt as the prefix; new tokens see the prompt and each other.
 
         bidirectional_mask: [B, prompt] bool or int. Default: attention_mask, else every token that is not padding.
-        Raises: ValueError (chunked prefill, a cache that drops old keys, an assistant that was not converted).
+        Raises: TypeError, ValueError (the mask, chunked prefill, a cache that drops old keys, an assistant that was
+        not converted).
         """
         kwargs["generation_config"] = generation_config
         check_generation(self, kwargs)
         if bidirectional_mask is None:
             bidirectional_mask = prompt_mask(self, inputs, kwargs)
+        else:
+            check_prompt_mask(self, bidirectional_mask, inputs, kwargs)
         cached = setting(self, kwargs, "use_cache") is not False
         if has_window(self.config) and cached and kwargs.get("past_key_values") is None:
-            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-            prompt = max((x.shape[1] for x in given if x is not None), default=1)
-            kwargs["past_key_values"] = full_cache(self, kwargs, prompt)
+            kwargs["past_key_values"] = full_cache(self, kwargs, prompt_length(inputs, kwargs))
             kwargs["cache_implementation"] = None  # done
         if bidirectional_mask is not None:
             kwargs["bidirectional_mask"] = bidirectional_mask

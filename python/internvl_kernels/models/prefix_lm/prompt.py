@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from .carriers import PrefixLMError
+from .carriers import PrefixLMError, check_bidirectional_mask
 
 DEFAULT_NEW = 20  # what transformers generates when nothing says how long
 
@@ -38,6 +38,32 @@ def check_generation(model: PreTrainedModel, kwargs: dict) -> None:
     assistant = kwargs.get("assistant_model")
     if assistant is not None and not getattr(assistant, "_prefix_lm_converted", False):
         raise PrefixLMError("assistant_model is not a prefix LM; convert it as well")
+
+
+def _prompt(inputs: Tensor | None, kwargs: dict) -> Tensor | None:
+    """Token ids [B, S] or embeddings [B, S, hidden]; None: generate begins with the start token alone."""
+    given = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
+    return next((x for x in given if x is not None), None)
+
+
+def prompt_length(inputs: Tensor | None, kwargs: dict) -> int:
+    """Tokens of the prompt, cached ones left out."""
+    prompt = _prompt(inputs, kwargs)
+    return 1 if prompt is None else prompt.shape[1]
+
+
+def check_prompt_mask(model: PreTrainedModel, mask: Tensor, inputs: Tensor | None, kwargs: dict) -> None:
+    """Raises TypeError or ValueError: not [batch, keys], or opens places that tokens are only generated into."""
+    prompt, attention_mask, past = _prompt(inputs, kwargs), kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    check_bidirectional_mask(mask, 1 if prompt is None else prompt.shape[0], model.config)
+    if attention_mask is not None:
+        keys = attention_mask.shape[1]
+    else:
+        keys = prompt_length(inputs, kwargs) + (int(past.get_seq_length()) if isinstance(past, Cache) else 0)
+    if mask.shape[1] > keys:
+        raise PrefixLMError(
+            f"bidirectional_mask covers {mask.shape[1]} keys, the prompt {keys}; what is generated is causal"
+        )
 
 
 def has_window(config) -> bool:
