@@ -231,6 +231,7 @@ class Prepared:
     skipped: str | None = None
     compile_seconds: float | None = None
     causal_only: bool = False
+    pairs: int | None = None  # visible ones of another problem: compared per pair
 
 
 def prepare(name: str, inputs: Inputs, direction: str) -> Prepared:

@@ -10,13 +10,14 @@ import torch
 from internvl_kernels import clip_qk_layernorm
 from internvl_kernels.testing import device_of
 
-from . import baselines, gate, roofline
+from . import baselines, gate, results, roofline
 from .cases import BenchCase, NormCase
 from .timing import Rounds, Timer, peak_mib
 
 ROUNDS = 7
 LEAST_SHARE = 0.05  # of a step: a smaller part of it cannot be told from the noise of the difference of two steps
 PRUNE_VARIABLE = "INTERNVL_ALIBI_PRUNE"
+MOST_ANCHORS = 8
 
 
 class Measurement:
@@ -75,8 +76,9 @@ class Measurement:
                 continue
             found = dict(others[peer.name])
             found["ratio"] = found["median_ms"] / ms
-            if peer.causal_only:  # it sees fewer pairs: compared per visible pair
-                found["ratio"] *= self.facts["pairs"] / self.facts["causal_pairs"]
+            pairs = self.facts["causal_pairs"] if peer.causal_only else peer.pairs
+            if pairs:  # not those that we see: compared per visible pair
+                found["ratio"] *= self.facts["pairs"] / pairs
                 found["per_pair"] = True
             if without is not None and ms - without > LEAST_SHARE * ms:
                 found["attention_ratio"] = (found["median_ms"] - without) / (ms - without)
@@ -179,10 +181,22 @@ def pruning(case: BenchCase, *, backend: str = "cpu") -> Measurement:
     return Measurement(case.name, pruned, [baselines.Prepared("unpruned", unpruned)], ("", None), device, facts)
 
 
-def growth(case: BenchCase, *, pruned: bool, backend: str = "cpu") -> Measurement:
-    """``prefix_attn`` alone, with pruning on or off: how time and memory grow with the length."""
+def growth(case: BenchCase, anchor: BenchCase, *, pruned: bool, backend: str = "cpu") -> Measurement:
+    """``prefix_attn`` with pruning on or off: how time and memory grow with the length.
+
+    The peer is ourselves without pruning on ``anchor``, the same for all lengths: times of rows that were measured
+    minutes apart can then be compared, whatever else the machine had to do. Repeated, up to about as long.
+    """
     call, device, facts = _forward(case, backend, pruned)
-    return Measurement(case.name, call, [], ("", None), device, facts)
+    once, _, _ = _forward(anchor, backend, False)
+    repeats = max(1, min(MOST_ANCHORS, case.visible_pairs // anchor.visible_pairs))
+
+    def anchors():
+        for _ in range(repeats):
+            once()
+
+    peer = baselines.Prepared(results.ANCHOR, anchors, pairs=repeats * anchor.visible_pairs)
+    return Measurement(case.name, call, [peer], ("", None), device, facts)
 
 
 def _unfused_norm(case: NormCase, clip: float):

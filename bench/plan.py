@@ -62,14 +62,15 @@ def cpu_entries() -> Iterator[Entry]:
     )
     for dim in (64, 80, 96, 112, 128):
         yield _attention(f"alibi-d{dim}", 1536, peers=(), study="head dims")
+    anchor = cases.make("alibi-d64", 4096)
     for seqlen in (512, 1024, 2048, 4096, 8192, 16384, 32768):
         core = 1024 <= seqlen <= 16384
-        rounds = 7 if seqlen <= 4096 else 2
+        rounds = 15 if seqlen <= 1024 else 7 if seqlen <= 4096 else 3
         for study in ("growth", "growth pruned"):
             case = cases.make("alibi-d64", seqlen)
             yield Entry(
                 f"{study} S{seqlen}",
-                lambda case=case, study=study: measure.growth(case, pruned=study == "growth pruned"),
+                lambda case=case, study=study: measure.growth(case, anchor, pruned=study == "growth pruned"),
                 core=core and (study == "growth" or seqlen <= 8192),
                 rounds=rounds,
                 study=study,

@@ -18,6 +18,7 @@ from internvl_kernels import registration
 
 FORMAT = 1
 FOLDER = Path(__file__).parent / "results"
+ANCHOR = "anchor"  # the peer of rows about growth: ourselves at one length, timed in the same rounds
 
 
 def machine(device: str = "cpu") -> dict:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .results import ANCHOR
+
 Rows = list[dict]
 
 
@@ -121,11 +123,11 @@ def _norm_share(device: str, direction: str):
 
 
 def _growth(rows: Rows) -> list[tuple[float, str]]:
-    """Largest over smallest time per visible pair between 1k and 16k, pruning off."""
+    """Largest over smallest time per visible pair between 1k and 16k, pruning off, each over that of the anchor."""
     per_pair = {
-        row["shape"][1]: row["ours"]["median_ms"] / row["pairs"]
+        row["shape"][1]: 1 / row["peers"][ANCHOR]["ratio"]
         for row in rows
-        if row.get("study") == "growth" and 1024 <= row["shape"][1] <= 16384
+        if row.get("study") == "growth" and 1024 <= row["shape"][1] <= 16384 and ANCHOR in row["peers"]
     }
     if len(per_pair) < 2:
         return []

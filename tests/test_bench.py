@@ -224,7 +224,8 @@ def test_targets_of_whole_models():
 
 def test_growth_target_compares_time_per_pair():
     def of(seqlen, ms):
-        return _row(shape=[1, seqlen, seqlen, 16, 16, 64], pairs=seqlen**2, ours={"median_ms": ms}, study="growth")
+        anchor = {"ratio": seqlen**2 / ms / 1024**2}
+        return _row(shape=[1, seqlen, seqlen, 16, 16, 64], peers={"anchor": anchor}, study="growth")
 
     rows = [of(1024, 1.0), of(2048, 4.0), of(4096, 19.2)]
     verdict = next(v for v in targets.judge(rows) if v["what"] == "time per visible pair")
@@ -240,7 +241,8 @@ def test_run_writes_a_result_file_that_report_draws(tmp_path, capsys):
     assert data["rows"][0]["peers"]["sdpa"]["ratio"] > 0
     assert data["machine"]["torch"] == torch.__version__
     data["rows"] += [
-        {**data["rows"][0], "study": "growth", "shape": [1, s, s, 16, 16, 64], "pairs": s * s} for s in (1024, 2048)
+        {**data["rows"][0], "study": "growth", "shape": [1, s, s, 16, 16, 64], "peers": {"anchor": {"ratio": 1.0}}}
+        for s in (1024, 2048)
     ]
     out.write_text(json.dumps(data))
     assert report.main([str(out)]) == 0
