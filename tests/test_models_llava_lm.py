@@ -277,18 +277,6 @@ def test_no_tensor_is_as_large_as_the_square_of_the_sequence(kind, prefix):
     assert largest.numel < tokens * tokens / 4, largest.numel  # MLP activations have 1030 * 128
 
 
-@pytest.mark.slow
-def test_compile_gives_the_same_numbers():
-    model = model_of("llama", mm_prefix="prompt")
-    model.model.layers = model.model.layers[:1]
-    embeds = torch.randn(2, 9, 32)
-    prefix = torch.arange(9)[None].expand(2, -1) < 5
-    wanted = model(inputs_embeds=embeds, attention_mask=torch.ones(2, 9, dtype=torch.long), prefix_mask=prefix).logits
-    compiled = torch.compile(model, backend="eager", dynamic=True)
-    got = compiled(inputs_embeds=embeds, attention_mask=torch.ones(2, 9, dtype=torch.long), prefix_mask=prefix).logits
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
-
-
 def test_auto_classes_build_it_and_the_kernels_are_the_default():
     model = AutoModelForCausalLM.from_config(config_of("llama"))
     assert type(model) is LlavaLlamaForCausalLM and model.config._attn_implementation == "internvl"
