@@ -253,7 +253,10 @@ def norm(case: NormCase, *, direction: str = "forward", backend: str = "cpu", ch
         "shape": [case.rows, case.q_width, case.k_width],
         "bytes": nbytes,
     }
-    ceiling = ("copy to new memory", roofline.clone_of(nbytes, device))
+    if direction == "forward":
+        ceiling = ("copy to new memory", roofline.stream_of(1, list(ours(*leaves))))
+    else:
+        ceiling = ("add to new memory", roofline.stream_of(2, [qkv]))
     return Measurement(
         case.name, runs["ours"], [baselines.Prepared("unfused", runs["unfused"])], ceiling, device, facts
     )

@@ -69,10 +69,15 @@ def copy_of(nbytes: int, device: str = "cpu") -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def clone_of(nbytes: int, device: str = "cpu") -> Callable[[], object]:
-    """The same into newly allocated memory, as an operator that returns new tensors has to."""
-    source = torch.randn(max(1, nbytes // 8), device=device)
-    return source.clone
+def stream_of(reads: int, results: list[torch.Tensor]) -> Callable[[], object]:
+    """Reads ``reads`` (1: copies, 2: adds) numbers for each that it writes, into new tensors like ``results``.
+
+    New memory costs more than what was used before, and how much depends on the size of each tensor.
+    """
+    sources = [[torch.ones_like(t) for _ in range(reads)] for t in results]
+    if reads == 1:
+        return lambda: [source.clone() for (source,) in sources]
+    return lambda: [torch.add(a, b) for a, b in sources]
 
 
 def ceilings(device: str = "cpu", dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dict[str, float]:
