@@ -1,20 +1,15 @@
-// Small kernels that are right, and the same ones with one mistake each. All have the signature
-// (in [256] floats, out [256] floats, counter [1]) and, unless they say otherwise, 64 threads.
-#include <map>
-
+// Small kernels that are right, and the same ones with one mistake each.
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/launch.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/warp.cuh"
+#include "named.h"
 #include "selftest.h"
 
 namespace internvl::selftest {
 namespace {
-
-#define KERNEL_ARGUMENTS \
-  [[maybe_unused]] const float *in, [[maybe_unused]] float *out, [[maybe_unused]] uint32_t *counter
 
 // out[t] = in[63 - t] through shared memory.
 template <bool kBarrier>
@@ -176,56 +171,6 @@ __global__ void read_as_unchanging_kernel(KERNEL_ARGUMENTS) {
   ptx::st_global(out + 64 + t, ptx::ld_global_nc(static_cast<const float*>(out) + 63 - t));
 }
 
-enum class Fault {
-  kSharedLoad,
-  kSharedStore,
-  kGlobalLoad,
-  kGlobalStore,
-  kCopySource,
-  kCopyTarget,
-  kNoBase,
-};
-
-template <Fault kFault>
-__global__ void out_of_bounds_kernel(KERNEL_ARGUMENTS) {
-  const uint32_t shared = ptx::dynamic_shared(), t = threadIdx.x;
-  ptx::st_shared(shared + 4 * t, 1.0f);
-  if (kFault == Fault::kSharedLoad) ptx::ld_shared<float>(shared + 4096);
-  if (kFault == Fault::kSharedStore) ptx::st_shared(shared + 4096 - 8 + 4 * t, 1.0f);
-  if (kFault == Fault::kGlobalLoad) ptx::ld_global(in + 193 + t);
-  if (kFault == Fault::kGlobalStore) ptx::st_global(out - 1, 1.0f);
-  if (kFault == Fault::kCopySource)
-    ptx::cp_async_cg_16(shared + 1024 + 16 * t, in + 252 + 4 * (t == 5), 16);
-  if (kFault == Fault::kCopyTarget) ptx::cp_async_cg_16(shared + 4096, in, 16);
-  if (kFault == Fault::kNoBase) ptx::ld_shared<float>(4 * t);
-  ptx::cp_async_commit_group();
-  ptx::cp_async_wait_group<0>();
-}
-
-template <int kFault>
-__global__ void misaligned_kernel(KERNEL_ARGUMENTS) {
-  const uint32_t shared = ptx::dynamic_shared(), t = threadIdx.x;
-  if (kFault == 0) ptx::st_shared(shared + 8 + 16 * t, ptx::U32x4{});
-  if (kFault == 1) ptx::ld_global(reinterpret_cast<const ptx::F32x2*>(in + 1));
-  if (kFault == 2) ptx::cp_async_cg_16(shared + 16 * t, in + 2, 16);
-  if (kFault == 3) ptx::st_global(reinterpret_cast<ptx::F32x4*>(out + 2), ptx::F32x4{});
-}
-
-template <int kFault>
-__global__ void uninitialised_kernel(KERNEL_ARGUMENTS) {
-  const uint32_t shared = ptx::dynamic_shared(), t = threadIdx.x;
-  if (kFault == 0) ptx::ld_shared<float>(shared + 4 * t);
-  if (kFault == 1) {
-    ptx::st_shared(shared + 4 * t, uint16_t{1});
-    ptx::ld_shared<float>(shared + 4 * t);
-  }
-  if (kFault == 2) ptx::ld_global(static_cast<const float*>(out) + t);
-  if (kFault == 3) {
-    uint32_t r[4];
-    ptx::ldmatrix_x4(r, shared + 16 * (t % 32));
-  }
-}
-
 // Two-byte neighbours in one word, written and read by different threads: nothing is wrong.
 __global__ void halves_kernel(KERNEL_ARGUMENTS) {
   const uint32_t shared = ptx::dynamic_shared(), t = threadIdx.x;
@@ -233,49 +178,6 @@ __global__ void halves_kernel(KERNEL_ARGUMENTS) {
   const float own = ptx::ld_shared<uint16_t>(shared + 2 * t);
   ptx::st_shared(shared + 2 * t, static_cast<uint16_t>(t + 1));
   ptx::st_global(out + t, own + ptx::ld_global(in));
-}
-
-__global__ void write_input_kernel(KERNEL_ARGUMENTS) {
-  ptx::st_global(const_cast<float*>(in) + threadIdx.x, 0.0f);
-  ptx::st_global(out, 0.0f);
-}
-
-template <int kFault>
-__global__ void divergence_kernel(KERNEL_ARGUMENTS) {
-  const uint32_t t = threadIdx.x;
-  float v = ptx::ld_global(in + t);
-  if (kFault == 0 && t % 32 < 16) v += ptx::shfl_bfly(v, 1);
-  if (kFault == 1) {
-    if (t % 32 < 16)
-      v += ptx::shfl_bfly(v, 1);
-    else
-      v -= ptx::shfl_bfly(v, 1);
-  }
-  if (kFault == 2 && t % 32 == 7) return;
-  if (kFault == 3 && t % 32 == 7) ptx::sync_warp();
-  v += ptx::shfl_bfly(v, 2);
-  ptx::st_global(out + t, v);
-}
-
-template <int kFault>
-__global__ void barrier_kernel(KERNEL_ARGUMENTS) {
-  const uint32_t t = threadIdx.x;
-  if (kFault == 0 && t < 32) ptx::sync_threads();       // the other warp never comes
-  if (kFault == 1) ptx::bar_sync(1, t < 32 ? 64 : 32);  // different sizes
-  if (kFault == 2) ptx::bar_sync(16, 64);               // no such barrier
-  if (kFault == 3) ptx::bar_sync(t % 2, 64);            // lanes name different ones
-  if (kFault == 4) {
-    ptx::bar_sync(t < 32 ? 1 : 2, 64);  // each waits for the other
-    ptx::bar_sync(t < 32 ? 2 : 1, 64);
-  }
-  if (kFault == 5) {  // two calls that are not the same
-    if (t < 32)
-      ptx::sync_threads();
-    else
-      ptx::sync_threads();
-  }
-  if (kFault == 6 && t < 32) ptx::bar_arrive(1, 96), ptx::bar_arrive(1, 96);  // twice in one phase
-  ptx::st_global(out + t, ptx::ld_global(in + t));
 }
 
 // Columns of a 32 x 32 tile of floats: kPitch 32 meets one bank, 33 meets all.
@@ -314,10 +216,8 @@ __global__ void sectors_kernel(KERNEL_ARGUMENTS) {
   if (t >= 32) ptx::st_global(out + 1 + (t - 32) % 31 + 32 * (t == 63), v);
 }
 
-using Kernel = void (*)(const float*, float*, uint32_t*);
-
-const std::map<std::string, Kernel>& kernels() {
-  static const std::map<std::string, Kernel> all = {
+const NamedKernels& protocols() {
+  static const NamedKernels all = {
       {"reverse", &reverse_kernel<true>},
       {"reverse no barrier", &reverse_kernel<false>},
       {"reverse in warp", &reverse_in_warp_kernel<true>},
@@ -345,34 +245,7 @@ const std::map<std::string, Kernel>& kernels() {
       {"other block", &other_block_kernel},
       {"through global", &through_global_kernel<true>},
       {"through global no barrier", &through_global_kernel<false>},
-      {"shared load out of bounds", &out_of_bounds_kernel<Fault::kSharedLoad>},
-      {"shared store out of bounds", &out_of_bounds_kernel<Fault::kSharedStore>},
-      {"global load out of bounds", &out_of_bounds_kernel<Fault::kGlobalLoad>},
-      {"global store out of bounds", &out_of_bounds_kernel<Fault::kGlobalStore>},
-      {"copy source out of bounds", &out_of_bounds_kernel<Fault::kCopySource>},
-      {"copy target out of bounds", &out_of_bounds_kernel<Fault::kCopyTarget>},
-      {"shared address without base", &out_of_bounds_kernel<Fault::kNoBase>},
-      {"misaligned shared store", &misaligned_kernel<0>},
-      {"misaligned global load", &misaligned_kernel<1>},
-      {"misaligned copy source", &misaligned_kernel<2>},
-      {"misaligned global store", &misaligned_kernel<3>},
-      {"uninitialised shared", &uninitialised_kernel<0>},
-      {"uninitialised half", &uninitialised_kernel<1>},
-      {"uninitialised global", &uninitialised_kernel<2>},
-      {"uninitialised ldmatrix", &uninitialised_kernel<3>},
       {"halves", &halves_kernel},
-      {"write input", &write_input_kernel},
-      {"some lanes shuffle", &divergence_kernel<0>},
-      {"lanes shuffle at two places", &divergence_kernel<1>},
-      {"a lane has ended", &divergence_kernel<2>},
-      {"lanes in different collectives", &divergence_kernel<3>},
-      {"a warp never comes", &barrier_kernel<0>},
-      {"barrier sizes differ", &barrier_kernel<1>},
-      {"no such barrier", &barrier_kernel<2>},
-      {"lanes name different barriers", &barrier_kernel<3>},
-      {"warps wait for each other", &barrier_kernel<4>},
-      {"different sync_threads", &barrier_kernel<5>},
-      {"arrives twice", &barrier_kernel<6>},
       {"columns", &columns_kernel<33>},
       {"columns in one bank", &columns_kernel<32>},
       {"rows swizzled", &rows_kernel<true>},
@@ -385,8 +258,9 @@ const std::map<std::string, Kernel>& kernels() {
 }  // namespace
 
 std::string run_named(const std::string& name, uint64_t in, uint64_t out, uint64_t counter) {
-  const auto found = kernels().find(name);
-  if (found == kernels().end()) return "no kernel of this name";
+  const NamedKernels& kernels = protocols().count(name) ? protocols() : mistakes();
+  const auto found = kernels.find(name);
+  if (found == kernels.end()) return "no kernel of this name";
   const unsigned blocks = name.find(" block") == std::string::npos ? 1 : 4;
   const int threads = name == "arrives twice" ? 96 : 64;
   const ptx::LaunchConfig config{found->first.c_str(), {blocks, 1, 1}, threads, 4096, nullptr};

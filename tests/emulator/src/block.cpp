@@ -36,7 +36,7 @@ bool Block::execute(uint32_t index, uint64_t seed) {
   random_ = Random(seed + index);
   step_ = random_.below(2) ? 1 : kLanes - 1;
   quantum_ = 8;
-  polls_ = 0;
+  idle_calls_ = 0;
   stopped_ = false;
   acquired_.clear();
   mbarriers_.clear();
@@ -133,6 +133,7 @@ void Block::wake(Lane& woken) {
 void Block::leave() {
   Lane& left = *lane_;
   Warp& w = warp();
+  idle_calls_ = 0;
   size_t arriving = left.landed;  // copies that some mbarrier waits for
   for (const Arriving& after : arriving_)
     if (after.kind == Arriving::Kind::kAfterCopies && after.thread == left.thread)
@@ -175,9 +176,21 @@ void Block::report_left_under_way() {
 void Block::stop(const char* kind, Site site, const std::string& text) {
   session->report(kind, site,
                   std::string(config_.name) + ", block " + std::to_string(index_) + ", " + text);
+  end();
+}
+
+void Block::end() {
   stopped_ = true;
   switch_fiber(lane_->fiber, outside_);
   __builtin_unreachable();
+}
+
+// A loop without end: what a wait lets through too early may be the number of its rounds.
+void Block::give_up(Site site) {
+  if (session->over) end();
+  stop("deadlock", site,
+       text_of(actor()) + " goes on, but in the last " + std::to_string(kMaxIdleCalls) +
+           " calls of the block no barrier completed, nothing arrived and no thread ended");
 }
 
 std::string Block::warp_state(const Warp& w) const {

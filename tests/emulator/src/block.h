@@ -19,6 +19,7 @@
 namespace internvl::emulator {
 
 constexpr uint32_t kBarriers = 16;
+constexpr uint32_t kMaxIdleCalls = 1u << 23;
 
 class Random {
  public:
@@ -175,6 +176,11 @@ class Block final : public AsyncProxy {
   void block_lane();
   void wake(Lane& lane);
   [[noreturn]] void stop(const char* kind, Site site, const std::string& text);
+  [[noreturn]] void end();
+  void count_call(Site site) {
+    if (++idle_calls_ > kMaxIdleCalls || session->over) give_up(site);
+  }
+  [[noreturn]] void give_up(Site site);
   void report_deadlock();
   void report_left_under_way();
   std::string warp_state(const Warp& w) const;
@@ -248,7 +254,7 @@ class Block final : public AsyncProxy {
   uint32_t step_ = 1;  // lanes run in ascending or descending order
   uint32_t quantum_ = 0;
   uint32_t warps_left_ = 0;
-  uint32_t polls_ = 0;  // since anything else happened
+  uint32_t idle_calls_ = 0;  // since a barrier completed, something arrived or a thread ended
   bool stopped_ = false;
   uint64_t last_noted_ = 0;
 };

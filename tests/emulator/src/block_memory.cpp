@@ -7,18 +7,21 @@
 namespace internvl::emulator {
 
 const void* Block::load_shared(uint32_t addr, uint32_t bytes, Site site) {
+  count_call(site);
   ++statistics.ld_shared;
   log_access("ld.shared", addr, bytes, site);
   return shared_.load(addr, bytes, actor(), site);
 }
 
 void* Block::store_shared(uint32_t addr, uint32_t bytes, Site site) {
+  count_call(site);
   ++statistics.st_shared;
   log_access("st.shared", addr, bytes, site);
   return shared_.store(addr, bytes, actor(), site);
 }
 
 const void* Block::load_global(const void* src, uint32_t bytes, bool unchanging, Site site) {
+  count_call(site);
   ++statistics.ld_global;
   statistics.ld_global_bytes += bytes;
   log_access("ld.global", reinterpret_cast<uintptr_t>(src), bytes, site);
@@ -27,6 +30,7 @@ const void* Block::load_global(const void* src, uint32_t bytes, bool unchanging,
 }
 
 void* Block::store_global(void* dst, uint32_t bytes, Site site) {
+  count_call(site);
   ++statistics.st_global;
   statistics.st_global_bytes += bytes;
   log_access("st.global", reinterpret_cast<uintptr_t>(dst), bytes, site);
@@ -34,6 +38,7 @@ void* Block::store_global(void* dst, uint32_t bytes, Site site) {
 }
 
 uint32_t Block::atomic_add(uint32_t* dst, uint32_t value, Site site) {
+  count_call(site);
   ++statistics.atomics;
   const uint32_t* before = known_to(*lane_).before;
   const Release release{index_, lane_->thread, clock_of(*lane_),
@@ -45,6 +50,7 @@ uint32_t Block::atomic_add(uint32_t* dst, uint32_t value, Site site) {
 }
 
 void Block::copy_async(uint32_t dst, const void* src, uint32_t bytes, int src_bytes, Site site) {
+  count_call(site);
   ++statistics.cp_async;
   statistics.cp_async_bytes += src_bytes;
   log_access("cp.async", dst, bytes, site);
@@ -71,6 +77,7 @@ void Block::commit_group() {
 
 // As late as allowed: a group lands when its own thread waits for it, not before.
 void Block::wait_group(uint32_t pending, Site site) {
+  count_call(site);
   if (lane_id() == 0) note_synchronising(site, "cp_async_wait_group");
   if (session->skips(site)) return;
   std::vector<uint32_t>& groups = lane_->group_sizes;

@@ -128,6 +128,7 @@ bool Block::land_one() {
 }
 
 void Block::land(const Arriving& load) {
+  idle_calls_ = 0;
   MBarrier& barrier = mbarriers_[load.mbarrier];
   if (load.kind == Arriving::Kind::kAfterCopies) {
     Lane& of = lanes_[load.thread];

@@ -45,6 +45,7 @@ const char* name_of(Collective kind) {
 }  // namespace
 
 void Block::collective(Collective kind, void* args, Site site) {
+  count_call(site);
   if (kind >= Collective::kWgmmaFence && session->skips(site))
     return;  // a vote keeps its own value
   Warp& w = warp();
@@ -67,7 +68,6 @@ void Block::collective(Collective kind, void* args, Site site) {
   }
   w.arrived = 0;
   w.runnable = w.alive;
-  polls_ = 0;
   perform(w);
   if (quantum_-- == 0) {
     quantum_ = 8 + random_.below(64);
@@ -242,6 +242,7 @@ void Block::perform_barrier(Warp& w) {
 }
 
 void Block::complete(Barrier& barrier) {
+  idle_calls_ = 0;
   for (Warp& w : warps_) {
     if (!(barrier.waiting_warps & (1u << w.index))) continue;
     w.known.join(barrier.known);

@@ -31,6 +31,7 @@ void add(Statistics& sum, const Statistics& part) {
 
 std::string run_grid(const GridConfig& config, const std::function<void()>& kernel) {
   if (!session) return "launched outside of an emulator session";
+  if (session->over) return {};
   if (config.threads < 32 || config.threads > kMaxThreads || config.threads % 32 != 0)
     return std::to_string(config.threads) + " threads; the emulator runs whole warps up to 1024";
   if (config.shared_bytes < 0 || config.shared_bytes > kMaxSharedBytes)

@@ -8,7 +8,6 @@ namespace {
 
 constexpr int64_t kMaxBytes = (int64_t{1} << 20) - 1;
 constexpr uint32_t kMaxArrivals = (uint32_t{1} << 20) - 1;
-constexpr uint32_t kMaxPolls = 100000;
 
 std::string text_of(const MBarrier& barrier) {
   return "the mbarrier at offset " + std::to_string(barrier.addr - kSharedBase) + " (" +
@@ -84,6 +83,7 @@ void Block::fence_mbarrier_init(Site site) {
 }
 
 void Block::mbarrier_arrive(uint32_t addr, Site site) {
+  count_call(site);
   MBarrier& barrier = *find_mbarrier(addr, site, false);
   const uint32_t clock = clock_of(*lane_);
   // Later accesses of the thread are no longer part of what it hands on.
@@ -93,7 +93,7 @@ void Block::mbarrier_arrive(uint32_t addr, Site site) {
 }
 
 void Block::arrive_at(MBarrier& barrier, const Clocks& known, ThreadClock thread, Site site) {
-  polls_ = 0;
+  idle_calls_ = 0;
   ++statistics.mbarrier_arrivals;
   if (barrier.pending == 0) {
     session->report("mbarrier", site,
@@ -144,6 +144,7 @@ void Block::acquire(const MBarrier& barrier) {
 }
 
 void Block::mbarrier_wait(uint32_t addr, uint32_t parity, Site site) {
+  count_call(site);
   note_synchronising(site, "mbarrier_wait_parity");
   if (session->skips(site)) return;
   const MBarrier& barrier = *find_mbarrier(addr, site, false);
@@ -157,11 +158,11 @@ void Block::mbarrier_wait(uint32_t addr, uint32_t parity, Site site) {
 }
 
 bool Block::mbarrier_try_wait(uint32_t addr, uint32_t parity, Site site) {
+  count_call(site);
   note_synchronising(site, "mbarrier_try_wait_parity");
   if (session->skips(site)) return true;
   const MBarrier& barrier = *find_mbarrier(addr, site, false);
   if (!phase_done(barrier, parity)) {
-    if (++polls_ > kMaxPolls) stop("deadlock", site, text_of(barrier) + " is asked for ever");
     if (random_.below(4) == 0) land_one();
     warp().resume = lane_;
     choose_warp();

@@ -29,6 +29,7 @@ void Session::report(const std::string& kind, Site site, const std::string& text
   if (entry.count++ > 0) return;
   entry.kind = kind;
   entry.text = text_of(site) + ": " + text;
+  over = !options.skip.empty();
 }
 
 std::string text_of(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }

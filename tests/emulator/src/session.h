@@ -56,6 +56,9 @@ class Session {
   Options options;
   std::map<std::string, Report> reports;  // by kind and site
   std::map<std::string, KernelRun> kernels;
+  // A wait is left out, and something has been reported: nobody asks for more. What goes on from
+  // there follows from garbage, and might have no end.
+  bool over = false;
 
   uint32_t site_id(Site site) {
     if (site.file != last_file_) find_file(site.file);
