@@ -175,6 +175,11 @@ def test_copies_land_at_the_wait_and_not_before():
     assert out[:128].isnan().all() and not data.isnan().any()
 
 
+def test_grids_that_no_device_launches_are_refused():
+    error = machine.run_named("too tall a grid", 0, 0, 0)
+    assert error == "too tall a grid: a grid of 1 x 65536 x 1 blocks; at most 2147483647 x 65535 x 65535 are launched"
+
+
 def test_unwritten_outputs_and_gaps_of_views():
     session = Session()
     session.output("out", 4)

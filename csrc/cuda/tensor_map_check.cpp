@@ -24,6 +24,10 @@ std::string dimension_error(const TensorMapShape& shape, int i) {
   if (stride <= 0 || stride >= kMaxStride || stride % 16 != 0)
     return of_dimension("the byte stride", i, stride) +
            "; allowed: positive multiples of 16 below 2^40";
+  const int64_t row_bytes = shape.sizes[0] * element_bytes(shape.type);
+  if (stride < row_bytes)
+    return of_dimension("the byte stride", i, stride) + ": rows of " + std::to_string(row_bytes) +
+           " bytes overlap";
   return {};
 }
 

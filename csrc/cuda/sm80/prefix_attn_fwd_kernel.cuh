@@ -18,22 +18,21 @@
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/sm80/prefix_attn_fwd_traits.cuh"
-#include "cuda/tile/online_softmax.cuh"
+#include "cuda/tile/attn_fwd_scores.cuh"
 
 namespace internvl::sm80 {
 
-using tile::FwdPlan, tile::FwdRow, tile::FwdRows, tile::kNeedsMask, tile::kRightOfQueries;
+using tile::FwdPlan, tile::FwdRow, tile::FwdRows, tile::kNeedsMask;
 
 template <class Traits>
-struct PrefixAttnFwd : tile::FwdSchedule<Traits, FwdShared<Traits>> {
-  using Base = tile::FwdSchedule<Traits, FwdShared<Traits>>;
+struct PrefixAttnFwd : tile::FwdScores<PrefixAttnFwd<Traits>, Traits, FwdShared<Traits>> {
+  using Base = tile::FwdScores<PrefixAttnFwd, Traits, FwdShared<Traits>>;
   using Element = typename Traits::Element;
   using Layout = typename Traits::Layout;
   using Shared = FwdShared<Traits>;
+  using Base::kBlockN, Base::kRows;
   using Base::lane, Base::listed, Base::mask, Base::next_entry, Base::next_listed, Base::plan,
-      Base::q_addr, Base::thread;
-  static constexpr int kRows = Traits::kRows;
-  static constexpr int kBlockN = Traits::kBlockN;
+      Base::q_addr, Base::softmax, Base::thread;
   static constexpr uint32_t kSlotBytes = sizeof(Shared::kv) / Traits::kStages;
 
   const typename Traits::KvCopy copy;
@@ -43,7 +42,6 @@ struct PrefixAttnFwd : tile::FwdSchedule<Traits, FwdShared<Traits>> {
   float s[Traits::kRowTiles][Traits::kColTiles][4];
   uint32_t p[Traits::kRowTiles][Traits::kColTiles / 2][4];  // the weights as operands
   float o[Traits::kRowTiles][Traits::kDimTiles][4];
-  tile::OnlineSoftmax<kRows> softmax;
 
   INTERNVL_PTX_FN explicit PrefixAttnFwd(const FwdPlan& launch)
       : Base(launch), copy(this->thread) {}
@@ -69,7 +67,6 @@ struct PrefixAttnFwd : tile::FwdSchedule<Traits, FwdShared<Traits>> {
   }
 
   INTERNVL_PTX_FN uint32_t kv_addr() const { return this->shared + offsetof(Shared, kv); }
-  INTERNVL_PTX_FN float scale_log2() const { return plan.params.softmax_scale * tile::kLog2e; }
 
   // --- loads ---
 
@@ -148,14 +145,9 @@ struct PrefixAttnFwd : tile::FwdSchedule<Traits, FwdShared<Traits>> {
     }
   }
 
-  // Key j0 as seen from position0: how far it lies on the left.
-  INTERNVL_PTX_FN float distance_to(int32_t j0) const {
-    return static_cast<float>(this->position0() - j0);
-  }
-
   // Scores with bias and mask, in base 2, in place of the products.
-  INTERNVL_PTX_FN void mask_and_bias(int32_t j_lane, const uint32_t (&seen)[kRows]) {
-    const float distance = distance_to(j_lane), scale = scale_log2();
+  INTERNVL_PTX_FN void mask_and_bias(int32_t entry, const uint32_t (&seen)[kRows]) {
+    const float distance = this->distance_to(this->lane_key(entry)), scale = this->scale_log2();
     INTERNVL_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const FwdRow row = this->row(tile_row(r));
@@ -168,70 +160,11 @@ struct PrefixAttnFwd : tile::FwdSchedule<Traits, FwdShared<Traits>> {
     }
   }
 
-  // Bit i of seen[r]: is column i of the lane's visible to row r? Found before the products need
-  // the registers, in a loop that is not unrolled.
-  INTERNVL_PTX_FN void see_keys(int32_t j_lane, uint32_t (&seen)[kRows]) const {
-    const tile::KeyMask keys = mask();
-    int32_t position[kRows], segment[kRows];
-    uint32_t inside = 0;
-    INTERNVL_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const FwdRow row = this->row(tile_row(r));
-      position[r] = row.p;
-      segment[r] = row.segment;
-      inside |= uint32_t{row.inside != 0} << r;
-      seen[r] = 0;
-    }
-    INTERNVL_NO_UNROLL
-    for (int i = 0; i < 2 * Traits::kColTiles; ++i) {
-      const int32_t j = j_lane + i / 2 * 8 + i % 2;
-      const tile::Key key = tile::key_at(keys, j);
-      const int32_t key_segment = keys.segments ? tile::key_segment(keys, j) : 0;
-      INTERNVL_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const bool same = !keys.segments || ((inside >> r & 1) && segment[r] == key_segment);
-        seen[r] |= uint32_t{same && tile::sees(keys, position[r], key)} << i;
-      }
-    }
-  }
-
-  // The bias of a tile on one side of its queries, one fma per score: the score becomes
-  // scale_log2 * (s + side * slope / scale * column) + offset.
-  INTERNVL_PTX_FN void linear_bias(int32_t entry, float (&offset)[kRows]) {
-    const float distance = distance_to(tile::entry_tile(entry) * kBlockN + 2 * (lane % 4));
-    const float inverse_scale = ptx::rcp(scale_log2());
-    INTERNVL_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const FwdRow row = this->row(tile_row(r));
-      const float step = entry & kRightOfQueries ? -row.slope_log2 : row.slope_log2;
-      const float z_step = step * inverse_scale;
-      offset[r] = -step * (distance + static_cast<float>(row.offset));
-      each_score(
-          r, [&](float& z, int column) { z = ptx::fma(z_step, static_cast<float>(column), z); });
-    }
-  }
-
-  // Turns scores scale * z + offset into weights exp2(score - reference).
   INTERNVL_PTX_FN void softmax_step(float scale, const float (&offset)[kRows]) {
-    float tile_max[kRows];
-    INTERNVL_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      float largest = -INFINITY;
-      each_score(r, [&](float& z, int) { largest = ptx::fmax(largest, z); });
-      tile_max[r] = tile::quad_max(ptx::fma(largest, scale, offset[r]));
-    }
-    softmax.update_max(tile_max, [&](const float (&factor)[kRows]) {
+    this->find_weights(scale, offset, [&](const float (&factor)[kRows]) {
       INTERNVL_UNROLL
       for (int r = 0; r < kRows; ++r) each_output(r, [&](float& x) { x *= factor[r]; });
     });
-    INTERNVL_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const float shift = offset[r] - softmax.reference(r);
-      each_score(r, [&](float& p, int) {
-        p = ptx::ex2(ptx::fma(p, scale, shift));
-        softmax.row_sum[r] += p;
-      });
-    }
     INTERNVL_UNROLL
     for (int i = 0; i < Traits::kRowTiles * Traits::kColTiles / 2; ++i) {
       const int m = i % Traits::kRowTiles, n = i / Traits::kRowTiles;
@@ -265,18 +198,17 @@ struct PrefixAttnFwd : tile::FwdSchedule<Traits, FwdShared<Traits>> {
       load_k(slot_before(slot), next);
     else
       load_v(slot_before(slot), entry);
-    const int32_t j_lane = tile::entry_tile(entry) * kBlockN + 2 * (lane % 4);
     uint32_t seen[kRows];
-    if constexpr (kMasked) see_keys(j_lane, seen);
+    if constexpr (kMasked) this->see_keys(entry, seen);
     qk_gemm();
     slot = slot_after(slot);
     float offset[kRows] = {};
     if constexpr (kMasked) {
-      mask_and_bias(j_lane, seen);
+      mask_and_bias(entry, seen);
       softmax_step(1.0f, offset);
     } else {
-      if (plan.params.alibi_slopes) linear_bias(entry, offset);
-      softmax_step(scale_log2(), offset);
+      if (plan.params.alibi_slopes) this->linear_bias(entry, offset);
+      softmax_step(this->scale_log2(), offset);
     }
     wait_for_slot();
     if constexpr (kAhead)
@@ -287,30 +219,7 @@ struct PrefixAttnFwd : tile::FwdSchedule<Traits, FwdShared<Traits>> {
     slot = slot_after(slot);
   }
 
-  // A lower bound of every row's lse, in natural units; -inf while some row has met no key.
-  INTERNVL_PTX_FN float lower_bound(const FwdRows& rows) const {
-    float lower = INFINITY;
-    INTERNVL_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const float lse = softmax.lse_log2(r) * tile::kLn2;
-      lower = rows.exists(tile_row(r)) ? ptx::fmin(lower, lse) : lower;
-    }
-    return this->team_min(lower);
-  }
-
-  INTERNVL_PTX_FN void refill() {
-    Base::refill([&](const FwdRows& rows) { return lower_bound(rows); });
-  }
-
   // --- epilogue ---
-
-  INTERNVL_PTX_FN void store_lse(const FwdRows& rows, int r, float lse) const {
-    const int row = tile_row(r);
-    if (lane % 4 != 0 || !rows.exists(row)) return;
-    const PrefixAttnParams& params = plan.params;
-    const int64_t head = rows.b * params.heads_q + rows.head0 + rows.head(row);
-    ptx::st_global(params.lse + head * params.seqlen_q + rows.query0 + rows.query(row), lse);
-  }
 
   // Through the warp's own rows of Q, whose last product is done, to whole rows in global memory.
   INTERNVL_PTX_FN void store_out() {
@@ -320,10 +229,7 @@ struct PrefixAttnFwd : tile::FwdSchedule<Traits, FwdShared<Traits>> {
     ptx::sync_threads();
     INTERNVL_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const float sum = tile::quad_sum(softmax.row_sum[r]);
-      const bool empty = sum == 0.0f;
-      const float inverse = empty ? 0.0f : 1.0f / sum;
-      store_lse(rows, r, empty ? -INFINITY : (softmax.row_max[r] + ptx::lg2(sum)) * tile::kLn2);
+      const float inverse = this->finish_row(rows, r);
       INTERNVL_UNROLL
       for (int d = 0; d < Traits::kDimTiles; ++d) {
         const float* pair = o[r / 2][d] + r % 2 * 2;
@@ -352,12 +258,12 @@ struct PrefixAttnFwd : tile::FwdSchedule<Traits, FwdShared<Traits>> {
     softmax.clear();
     INTERNVL_UNROLL
     for (int r = 0; r < kRows; ++r) each_output(r, [](float& x) { x = 0.0f; });
-    refill();
+    this->refill();
     int32_t entry = next_entry();
     load_k(slot, entry);
     if constexpr (Traits::kStages == 3) load_v(slot_after(slot), entry);
     while (entry >= 0) {
-      if (next_listed == listed) refill();
+      if (next_listed == listed) this->refill();
       if (entry & kNeedsMask) {
         const int32_t next = next_entry();
         step<true>(entry, next);

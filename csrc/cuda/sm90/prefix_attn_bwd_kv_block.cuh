@@ -25,6 +25,17 @@ struct BwdKvShared {
   TileList list;
 };
 
+// What a thread of the computing warpgroups holds: S, P, dP or dS of [64 keys, kBlockM queries]; P
+// or dS as an operand; a bit per score; dK or dV of 64 keys.
+template <class Traits>
+using KvScores = float[Traits::kBlockM / 2];
+template <class Traits>
+using KvOperand = uint32_t[Traits::kBlockM / 16][4];
+template <class Traits>
+using KvBits = uint32_t[Traits::kBlockM / 64];
+template <class Traits>
+using KvSums = float[Traits::kHeadDim / 2];
+
 template <class Traits>
 class BwdKvBlock {
  public:
@@ -32,15 +43,14 @@ class BwdKvBlock {
   using Shared = BwdKvShared<Traits>;
   using KeyTile = typename Shared::KeyTile;
   using RowTile = typename Shared::RowTile;
+  using Scores = KvScores<Traits>;
+  using Bits = KvBits<Traits>;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   static constexpr int kStages = Traits::kRowStages;
-  static constexpr int kScores = kBlockM / 2;   // of a thread
-  static constexpr int kSlices = kBlockM / 16;  // of the products over queries
-  static constexpr int kWords = kScores / 32;   // a bit per score
   static constexpr uint32_t kStageBytes = 2 * RowTile::kBytes + 2 * kBlockM * 4;
 
-  INTERNVL_PTX_FN BwdKvBlock(const BwdPlan& plan)
+  INTERNVL_PTX_FN explicit BwdKvBlock(const BwdPlan& plan)
       : plan_(plan),
         args_(plan.args),
         shared_(ptx::dynamic_shared()),
@@ -72,7 +82,7 @@ class BwdKvBlock {
   }
 
   // By the warps of the copying warpgroup.
-  INTERNVL_PTX_FN void produce() {
+  INTERNVL_PTX_FN void produce() const {
     ptx::set_max_registers_dec<kProducerRegisters>();
     if (warp_ == kConsumerWarps && items_ != 0) send_all();
   }
@@ -100,7 +110,101 @@ class BwdKvBlock {
     }
   }
 
- protected:
+  // ---- steps of the computing warpgroups ----
+
+  INTERNVL_PTX_FN int lane() const { return lane_; }
+  INTERNVL_PTX_FN int warp() const { return warp_; }
+  INTERNVL_PTX_FN uint32_t at(size_t member) const {
+    return shared_ + static_cast<uint32_t>(member);
+  }
+  INTERNVL_PTX_FN uint32_t q(int stage) const {
+    return shared_ + offsetof(Shared, q) + stage * RowTile::kBytes;
+  }
+  INTERNVL_PTX_FN uint32_t grad(int stage) const {
+    return shared_ + offsetof(Shared, grad) + stage * RowTile::kBytes;
+  }
+  INTERNVL_PTX_FN uint32_t floats(size_t member, int stage) const {
+    return at(member) + stage * kBlockM * 4;
+  }
+  // The lane's first one of its query rows' deltas, of which it has two of every eight.
+  INTERNVL_PTX_FN uint32_t lane_delta(int stage) const {
+    return floats(offsetof(Shared, delta), stage) + lane_ % 4 * 8;
+  }
+
+  // The warp no longer reads the stage.
+  INTERNVL_PTX_FN void release(int stage) const {
+    ptx::sync_warp();
+    if (lane_ == 0) ptx::mbarrier_arrive(empty(stage));
+  }
+
+  // c = the warpgroup's keys in `member` times rows^T. One batch, not committed.
+  INTERNVL_PTX_FN void multiply_keys(Scores& c, size_t member, uint32_t rows) const {
+    multiply_rows<T, KeyTile, RowTile>(c, at(member), first_key(), rows);
+  }
+
+  // Scores [keys, queries] become P.
+  INTERNVL_PTX_FN void probabilities(Scores& s, uint32_t item, int stage) const {
+    const tile::ScoreGrad grad{args_.scale_log2, 0.0f};
+    if (!args_.params.alibi_slopes) return probabilities<false>(s, grad, 0.0f, stage);
+    const float slope = ptx::ld_global_nc(args_.params.alibi_slopes + head(item));
+    const int64_t p = args_.params.query_start
+                          ? int64_t{ptx::ld_global_nc(args_.params.query_start + place_.b)}
+                          : args_.params.seqlen_k - args_.params.seqlen_q;
+    // Of the lane's first query from its first key.
+    const auto distance =
+        static_cast<float>(p + row_tile(item) * kBlockM + lane_ % 4 * 2 - lane_key());
+    probabilities<true>(s, {args_.scale_log2, slope * tile::kLog2e}, distance, stage);
+  }
+
+  // dP becomes dS.
+  INTERNVL_PTX_FN void score_grads(Scores& dp, const Scores& p, int stage) const {
+    const uint32_t at = lane_delta(stage);
+    INTERNVL_UNROLL
+    for (int n = 0; n < kBlockM / 8; ++n) {
+      const auto delta = ptx::ld_shared<ptx::F32x2>(at + n * 32);
+      INTERNVL_UNROLL
+      for (int i = 0; i < 4; ++i)
+        dp[4 * n + i] = p[4 * n + i] * (dp[4 * n + i] - (i % 2 ? delta.y : delta.x));
+    }
+  }
+
+  // Bit 4 n + i: that score is not visible; none is of a row that does not exist, whose position
+  // may see keys that no other does. Before the scores exist: the mask's registers are free again
+  // by then.
+  INTERNVL_PTX_FN void hidden_scores(Bits& hidden, uint32_t item) const {
+    const tile::KeyMask own = mask();
+    const tile::MaskedKey keys[2] = {tile::masked_key(own, lane_key()),
+                                     tile::masked_key(own, lane_key() + 8)};
+    const int first_row = row_tile(item) * kBlockM;
+    INTERNVL_UNROLL
+    for (int word = 0; word < kBlockM / 64; ++word) {
+      INTERNVL_NO_UNROLL
+      for (int n = 0; n < 16; ++n) {
+        const int row = first_row + word * 64 + n / 2 * 8 + lane_ % 4 * 2 + n % 2;
+        const tile::MaskedQuery query = tile::masked_query(own, row);
+        const int bit = n / 2 * 4 + n % 2;
+        const bool exists = row < args_.params.seqlen_q;
+        if (!exists || !tile::sees(own, query, keys[0])) hidden[word] |= 1u << bit;
+        if (!exists || !tile::sees(own, query, keys[1])) hidden[word] |= 1u << (bit + 2);
+      }
+    }
+  }
+
+  INTERNVL_PTX_FN static void clear_hidden(Scores& x, const Bits& hidden) {
+    INTERNVL_UNROLL
+    for (int i = 0; i < kBlockM / 2; ++i)
+      if (hidden[i / 32] >> (i % 32) & 1) x[i] = 0.0f;
+  }
+
+  // By a warpgroup, through its rows of `member`, which nobody else reads any more.
+  INTERNVL_PTX_FN void store_dk(const KvSums<Traits>& dk, size_t member) const {
+    store(dk, args_.params.softmax_scale, member, args_.grads.dk, args_.aligned_dk);
+  }
+  INTERNVL_PTX_FN void store_dv(const KvSums<Traits>& dv, size_t member) const {
+    store(dv, 1.0f, member, args_.grads.dv, args_.aligned_dv);
+  }
+
+ private:
   INTERNVL_PTX_FN uint32_t full(int stage) const {
     return shared_ + offsetof(Shared, full) + stage * 8;
   }
@@ -110,9 +214,6 @@ class BwdKvBlock {
   INTERNVL_PTX_FN uint32_t tile_word(int stage) const {
     return shared_ + offsetof(Shared, tile) + stage * 4;
   }
-  INTERNVL_PTX_FN uint32_t floats(size_t member, int stage) const {
-    return shared_ + static_cast<uint32_t>(member) + stage * kBlockM * 4;
-  }
 
   INTERNVL_PTX_FN int row_tile(uint32_t item) const {
     return static_cast<int>(item % static_cast<uint32_t>(args_.row_tiles));
@@ -121,9 +222,13 @@ class BwdKvBlock {
     return static_cast<int>(place_.h * args_.group + item / static_cast<uint32_t>(args_.row_tiles));
   }
 
+  INTERNVL_PTX_FN tile::KeyMask mask() const {
+    return tile::key_mask(args_.params, args_.keys, args_.key_tiles, place_.b);
+  }
+
   // ---- the producing warp ----
 
-  INTERNVL_PTX_FN void send_all() {
+  INTERNVL_PTX_FN void send_all() const {
     if (lane_ == 0) {
       const uint32_t barrier = shared_ + offsetof(Shared, keys_full);
       ptx::mbarrier_arrive_expect_tx(barrier, 2 * KeyTile::kBytes);
@@ -151,7 +256,7 @@ class BwdKvBlock {
     }
   }
 
-  INTERNVL_PTX_FN void send(uint32_t item, bool partial, int stage, uint32_t& landed_parity) {
+  INTERNVL_PTX_FN void send(uint32_t item, bool partial, int stage, uint32_t& landed_parity) const {
     const int row = row_tile(item) * kBlockM, own_head = head(item);
     const int64_t place =
         (int64_t{place_.b} * args_.params.heads_q + own_head) * args_.padded_rows + row;
@@ -194,92 +299,6 @@ class BwdKvBlock {
   INTERNVL_PTX_FN int first_key() const { return Traits::kWide ? 0 : warp_ / 4 * 64; }
   INTERNVL_PTX_FN int lane_key() const { return j_lo_ + first_key() + warp_ % 4 * 16 + lane_ / 4; }
 
-  INTERNVL_PTX_FN uint32_t q(int stage) const {
-    return shared_ + offsetof(Shared, q) + stage * RowTile::kBytes;
-  }
-  INTERNVL_PTX_FN uint32_t grad(int stage) const {
-    return shared_ + offsetof(Shared, grad) + stage * RowTile::kBytes;
-  }
-
-  INTERNVL_PTX_FN tile::KeyMask mask() const {
-    return tile::key_mask(args_.params, args_.keys, args_.key_tiles, place_.b);
-  }
-
-  // The warp no longer reads the stage.
-  INTERNVL_PTX_FN void release(int stage) const {
-    ptx::sync_warp();
-    if (lane_ == 0) ptx::mbarrier_arrive(empty(stage));
-  }
-
-  // Scores [keys, queries] become P.
-  INTERNVL_PTX_FN void probabilities(float (&s)[kScores], uint32_t item, int stage) const {
-    const tile::ScoreGrad grad{args_.scale_log2, 0.0f};
-    if (!args_.params.alibi_slopes) return probabilities<false>(s, grad, 0.0f, stage);
-    const float slope = ptx::ld_global_nc(args_.params.alibi_slopes + head(item));
-    const int64_t p = args_.params.query_start
-                          ? int64_t{ptx::ld_global_nc(args_.params.query_start + place_.b)}
-                          : args_.params.seqlen_k - args_.params.seqlen_q;
-    // Of the lane's first query from its first key.
-    const auto distance =
-        static_cast<float>(p + row_tile(item) * kBlockM + lane_ % 4 * 2 - lane_key());
-    probabilities<true>(s, {args_.scale_log2, slope * tile::kLog2e}, distance, stage);
-  }
-
-  template <bool kAlibi>
-  INTERNVL_PTX_FN void probabilities(float (&s)[kScores], const tile::ScoreGrad& grad,
-                                     float distance, int stage) const {
-    const uint32_t at = floats(offsetof(Shared, lse_log2), stage) + lane_ % 4 * 8;
-    INTERNVL_UNROLL
-    for (int n = 0; n < kBlockM / 8; ++n) {
-      const auto lse = ptx::ld_shared<ptx::F32x2>(at + n * 32);
-      INTERNVL_UNROLL
-      for (int i = 0; i < 4; ++i)
-        s[4 * n + i] = grad.template probability<kAlibi>(
-            s[4 * n + i], i % 2 ? lse.y : lse.x,
-            distance + static_cast<float>(n * 8 + i % 2 - i / 2 * 8));
-    }
-  }
-
-  // dP becomes dS.
-  INTERNVL_PTX_FN void score_grads(float (&dp)[kScores], const float (&p)[kScores],
-                                   int stage) const {
-    const uint32_t at = floats(offsetof(Shared, delta), stage) + lane_ % 4 * 8;
-    INTERNVL_UNROLL
-    for (int n = 0; n < kBlockM / 8; ++n) {
-      const auto delta = ptx::ld_shared<ptx::F32x2>(at + n * 32);
-      INTERNVL_UNROLL
-      for (int i = 0; i < 4; ++i)
-        dp[4 * n + i] = p[4 * n + i] * (dp[4 * n + i] - (i % 2 ? delta.y : delta.x));
-    }
-  }
-
-  // Bit 4 n + i: that score is not visible; none is of a row that does not exist, whose position
-  // may see keys that no other does. Before the scores exist: the mask's registers are free again
-  // by then.
-  INTERNVL_PTX_FN void hidden_scores(uint32_t (&hidden)[kWords], int first_row) const {
-    const tile::KeyMask own = mask();
-    const tile::MaskedKey keys[2] = {tile::masked_key(own, lane_key()),
-                                     tile::masked_key(own, lane_key() + 8)};
-    INTERNVL_UNROLL
-    for (int word = 0; word < kWords; ++word) {
-      INTERNVL_NO_UNROLL
-      for (int n = 0; n < 16; ++n) {
-        const int row = first_row + word * 64 + n / 2 * 8 + lane_ % 4 * 2 + n % 2;
-        const tile::MaskedQuery query = tile::masked_query(own, row);
-        const int bit = n / 2 * 4 + n % 2;
-        const bool exists = row < args_.params.seqlen_q;
-        if (!exists || !tile::sees(own, query, keys[0])) hidden[word] |= 1u << bit;
-        if (!exists || !tile::sees(own, query, keys[1])) hidden[word] |= 1u << (bit + 2);
-      }
-    }
-  }
-
-  INTERNVL_PTX_FN static void clear_hidden(float (&x)[kScores], const uint32_t (&hidden)[kWords]) {
-    INTERNVL_UNROLL
-    for (int i = 0; i < kScores; ++i)
-      if (hidden[i / 32] >> (i % 32) & 1) x[i] = 0.0f;
-  }
-
   // Class of (query head, query tile) number `item` against the block's keys.
   INTERNVL_PTX_FN TileClass classify(int64_t item) const {
     const tile::KeyMask own = mask();
@@ -296,13 +315,26 @@ class BwdKvBlock {
     return tile::classify_keys(own, rows, keys, j_lo_, j_hi);
   }
 
-  // By a warpgroup, through its rows of a tile in shared memory that nobody else reads any more.
-  INTERNVL_PTX_FN void store(const float (&sum)[kHeadDim / 2], float factor, size_t memory,
-                             const View& to, bool aligned) const {
-    store_rows<T, KeyTile>(sum, factor, shared_ + static_cast<uint32_t>(memory), first_key(),
-                           tile::rows_of(to, place_.b, place_.h, j_lo_),
-                           args_.params.seqlen_k - j_lo_, static_cast<int>(args_.params.head_dim),
-                           aligned);
+  template <bool kAlibi>
+  INTERNVL_PTX_FN void probabilities(Scores& s, const tile::ScoreGrad& grad, float distance,
+                                     int stage) const {
+    const uint32_t at = floats(offsetof(Shared, lse_log2), stage) + lane_ % 4 * 8;
+    INTERNVL_UNROLL
+    for (int n = 0; n < kBlockM / 8; ++n) {
+      const auto lse = ptx::ld_shared<ptx::F32x2>(at + n * 32);
+      INTERNVL_UNROLL
+      for (int i = 0; i < 4; ++i)
+        s[4 * n + i] = grad.template probability<kAlibi>(
+            s[4 * n + i], i % 2 ? lse.y : lse.x,
+            distance + static_cast<float>(n * 8 + i % 2 - i / 2 * 8));
+    }
+  }
+
+  INTERNVL_PTX_FN void store(const KvSums<Traits>& sum, float factor, size_t member, const View& to,
+                             bool aligned) const {
+    store_rows<T, KeyTile>(
+        sum, factor, at(member), first_key(), tile::rows_of(to, place_.b, place_.h, j_lo_),
+        args_.params.seqlen_k - j_lo_, static_cast<int>(args_.params.head_dim), aligned);
   }
 
   const BwdPlan& plan_;

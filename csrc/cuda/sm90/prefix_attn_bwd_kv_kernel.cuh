@@ -10,9 +10,9 @@
 // dS^T are, in registers, the A operands of dV and dK.
 // Pipeline: Q, dO, lse and delta of a tile come into one of kRowStages slots by bulk copies
 // (`full`), whose consumers hand it back (`empty`). A warpgroup has P of this tile to compute while
-// the tensor cores work on its dP, dS while they work on dV, and starts the next tile's S behind
-// dK. Rows without gradient: the producer waits for such a tile itself and zeroes them, so that 0 *
-// NaN does not arise. Shared memory: see BwdKvShared. Not here: dQ, slopes
+// the tensor cores work on its dP, dS while they work on dV; dK hides behind the other warpgroup.
+// Rows without gradient: the producer waits for such a tile itself and zeroes them, so that 0 * NaN
+// does not arise. Shared memory: see BwdKvShared. Not here: dQ, slopes
 // (prefix_attn_bwd_q_kernel.cuh).
 #pragma once
 
@@ -21,211 +21,189 @@
 namespace internvl::sm90 {
 
 template <class Traits>
-class BwdKv : public BwdKvBlock<Traits> {
+class BwdKv {
  public:
-  using Base = BwdKvBlock<Traits>;
-  using T = typename Base::T;
-  using Shared = typename Base::Shared;
-  using KeyTile = typename Base::KeyTile;
-  using RowTile = typename Base::RowTile;
-  using Base::args_;
-  using Base::kHeadDim;
-  using Base::kScores;
-  using Base::kSlices;
-  using Base::kWords;
-  using Base::shared_;
+  using Block = BwdKvBlock<Traits>;
+  using T = typename Traits::Element;
 
-  using Base::Base;
+  INTERNVL_PTX_FN explicit BwdKv(const Block& block) : block_(block) {}
 
   INTERNVL_PTX_FN void run() {
-    this->init_barriers();
-    if (this->produces()) return this->produce();
-    ptx::set_max_registers_inc<kConsumerRegisters>();
-    float s[kScores] = {}, dp[kScores] = {};
-    uint32_t p[kSlices][4] = {}, ds[kSlices][4] = {};
-    this->consume(
+    block_.consume(
         [&](uint32_t now, int stage) {
-          accumulate(s, dp, p, ds, now, stage);
-          this->release(stage);
+          accumulate(now, stage);
+          block_.release(stage);
         },
         [] {});
-    this->store(dk_, args_.params.softmax_scale, offsetof(Shared, k), args_.grads.dk,
-                args_.aligned_dk);
-    this->store(dv_, 1.0f, offsetof(Shared, v), args_.grads.dv, args_.aligned_dv);
+    block_.store_dk(dk_, offsetof(BwdKvShared<Traits>, k));
+    block_.store_dv(dv_, offsetof(BwdKvShared<Traits>, v));
   }
 
  private:
-  INTERNVL_PTX_FN void accumulate(float (&s)[kScores], float (&dp)[kScores],
-                                  uint32_t (&p)[kSlices][4], uint32_t (&ds)[kSlices][4],
-                                  uint32_t now, int stage) {
-    const uint32_t q = this->q(stage), grad = this->grad(stage);
+  INTERNVL_PTX_FN void accumulate(uint32_t now, int stage) {
+    const uint32_t q = block_.q(stage), grad = block_.grad(stage);
     const bool partial = now % 2 != 0;
-    uint32_t hidden[kWords] = {};
-    if (partial) this->hidden_scores(hidden, this->row_tile(now / 2) * Traits::kBlockM);
-    fence_registers(s);
-    fence_registers(dp);
+    KvBits<Traits> hidden = {};
+    if (partial) block_.hidden_scores(hidden, now / 2);
+    fence_registers(s_);
+    fence_registers(dp_);
     ptx::wgmma_fence();
-    multiply_rows<T, KeyTile, RowTile>(s, shared_ + offsetof(Shared, k), this->first_key(), q);
+    block_.multiply_keys(s_, offsetof(BwdKvShared<Traits>, k), q);
     ptx::wgmma_commit_group();
-    multiply_rows<T, KeyTile, RowTile>(dp, shared_ + offsetof(Shared, v), this->first_key(), grad);
+    block_.multiply_keys(dp_, offsetof(BwdKvShared<Traits>, v), grad);
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<1>();  // S
-    fence_registers(s);
-    this->probabilities(s, now / 2, stage);
-    if (partial) this->clear_hidden(s, hidden);
-    to_operands<T>(p, s);
-    fence_registers(p);
+    fence_registers(s_);
+    block_.probabilities(s_, now / 2, stage);
+    if (partial) Block::clear_hidden(s_, hidden);
+    to_operands<T>(p_, s_);
+    fence_registers(p_);
     fence_registers(dv_);
     ptx::wgmma_fence();
-    multiply_columns<T, RowTile>(dv_, p, grad);
+    multiply_columns<T, typename Block::RowTile>(dv_, p_, grad);
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<1>();  // dP
-    fence_registers(dp);
-    this->score_grads(dp, s, stage);
-    if (partial) this->clear_hidden(dp, hidden);
-    to_operands<T>(ds, dp);
-    fence_registers(ds);
+    fence_registers(dp_);
+    block_.score_grads(dp_, s_, stage);
+    if (partial) Block::clear_hidden(dp_, hidden);
+    to_operands<T>(ds_, dp_);
+    fence_registers(ds_);
     fence_registers(dk_);
     ptx::wgmma_fence();
-    multiply_columns<T, RowTile>(dk_, ds, q);
+    multiply_columns<T, typename Block::RowTile>(dk_, ds_, q);
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<0>();
     fence_registers(dv_);
     fence_registers(dk_);
   }
 
-  float dk_[kHeadDim / 2] = {};
-  float dv_[kHeadDim / 2] = {};
+  const Block& block_;
+  KvScores<Traits> s_ = {}, dp_ = {};  // then P, dS
+  KvOperand<Traits> p_ = {}, ds_ = {};
+  KvSums<Traits> dk_ = {}, dv_ = {};
 };
 
 // Wide heads: warpgroup 0 has S, P and dV of the block's keys, warpgroup 1 has dP, dS and dK. P
 // goes over in fp32, thread by thread, through `exchange`.
 template <class Traits>
-class BwdKvWide : public BwdKvBlock<Traits> {
+class BwdKvWide {
  public:
-  using Base = BwdKvBlock<Traits>;
-  using T = typename Base::T;
-  using Shared = typename Base::Shared;
-  using KeyTile = typename Base::KeyTile;
-  using RowTile = typename Base::RowTile;
-  using Base::args_;
-  using Base::kHeadDim;
-  using Base::kScores;
-  using Base::kSlices;
-  using Base::kWords;
-  using Base::shared_;
+  using Block = BwdKvBlock<Traits>;
+  using Shared = BwdKvShared<Traits>;
+  using T = typename Traits::Element;
 
-  using Base::Base;
+  INTERNVL_PTX_FN explicit BwdKvWide(const Block& block)
+      : block_(block), first_(block.warp() < kConsumerWarps / 2) {}
 
   INTERNVL_PTX_FN void run() {
-    this->init_barriers();
-    if (this->produces()) return this->produce();
-    ptx::set_max_registers_inc<kConsumerRegisters>();
-    float x[kScores] = {};              // S and P, or dP and dS
-    uint32_t operand[kSlices][4] = {};  // P or dS
-    int before = -1;  // the stage of the tile before, which dV or dK may still read
-    uint32_t parity = 0;
-    const bool first = this->warp_ < kConsumerWarps / 2;
-    const auto release_before = [&] {
-      if (before >= 0) this->release(before);
-    };
-    this->consume(
-        [&](uint32_t now, int stage) {
-          uint32_t hidden[kWords] = {};
-          if (now % 2) this->hidden_scores(hidden, this->row_tile(now / 2) * Traits::kBlockM);
-          start_scores(x, first ? this->q(stage) : this->grad(stage),
-                       first ? offsetof(Shared, k) : offsetof(Shared, v));
-          release_before();
-          if (first)
-            give_probabilities(x, now, stage, hidden, parity);
-          else
-            take_probabilities(x, now, stage, hidden, parity);
-          add_products(operand, x, first ? this->grad(stage) : this->q(stage));
-          before = stage;
-          parity ^= 1;
-        },
-        [&] {
-          ptx::wgmma_wait_group<0>();
-          fence_registers(sum_);
-          release_before();
-          before = -1;
-        });
+    block_.consume([&](uint32_t now, int stage) { accumulate(now, stage); },
+                   [&] {
+                     ptx::wgmma_wait_group<0>();
+                     fence_registers(sum_);
+                     release_before();
+                     before_ = -1;
+                   });
     // Each through the memory that only its own products have read.
-    if (first)
-      this->store(sum_, 1.0f, offsetof(Shared, k), args_.grads.dv, args_.aligned_dv);
+    if (first_)
+      block_.store_dv(sum_, offsetof(Shared, k));
     else
-      this->store(sum_, args_.params.softmax_scale, offsetof(Shared, v), args_.grads.dk,
-                  args_.aligned_dk);
+      block_.store_dk(sum_, offsetof(Shared, v));
   }
 
  private:
-  // x = keys of `member` times rows^T. The products of the tile before are done, too.
-  INTERNVL_PTX_FN void start_scores(float (&x)[kScores], uint32_t rows, size_t member) {
-    fence_registers(x);
+  INTERNVL_PTX_FN void accumulate(uint32_t now, int stage) {
+    KvBits<Traits> hidden = {};
+    if (now % 2) block_.hidden_scores(hidden, now / 2);
+    start_scores(stage);
+    release_before();
+    if (first_)
+      give_probabilities(now, stage, hidden);
+    else
+      take_probabilities(now, stage, hidden);
+    add_products(first_ ? block_.grad(stage) : block_.q(stage));
+    before_ = stage;
+    parity_ ^= 1;
+  }
+
+  INTERNVL_PTX_FN void release_before() const {
+    if (before_ >= 0) block_.release(before_);
+  }
+
+  // S = K Q^T, or dP = V dO^T. The products of the tile before are done, too.
+  INTERNVL_PTX_FN void start_scores(int stage) {
+    fence_registers(x_);
     ptx::wgmma_fence();
-    multiply_rows<T, KeyTile, RowTile>(x, shared_ + static_cast<uint32_t>(member), 0, rows);
+    block_.multiply_keys(x_, first_ ? offsetof(Shared, k) : offsetof(Shared, v),
+                         first_ ? block_.q(stage) : block_.grad(stage));
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<0>();
-    fence_registers(x);
+    fence_registers(x_);
     fence_registers(sum_);
   }
 
   INTERNVL_PTX_FN uint32_t exchange() const {
-    return shared_ + offsetof(Shared, exchange) + threadIdx.x % kWarpgroupThreads * 16;
+    return block_.at(offsetof(Shared, exchange)) + threadIdx.x % kWarpgroupThreads * 16;
   }
 
-  INTERNVL_PTX_FN void give_probabilities(float (&s)[kScores], uint32_t now, int stage,
-                                          const uint32_t (&hidden)[kWords], uint32_t parity) {
-    this->probabilities(s, now / 2, stage);
-    if (now % 2) this->clear_hidden(s, hidden);
-    ptx::mbarrier_wait_parity(shared_ + offsetof(Shared, p_empty), parity ^ 1);
+  INTERNVL_PTX_FN void give_probabilities(uint32_t now, int stage, const KvBits<Traits>& hidden) {
+    block_.probabilities(x_, now / 2, stage);
+    if (now % 2) Block::clear_hidden(x_, hidden);
+    ptx::mbarrier_wait_parity(block_.at(offsetof(Shared, p_empty)), parity_ ^ 1);
     INTERNVL_UNROLL
-    for (int n = 0; n < kScores / 4; ++n)
+    for (int n = 0; n < Traits::kBlockM / 8; ++n)
       ptx::st_shared(exchange() + n * kWarpgroupThreads * 16,
-                     ptx::F32x4{s[4 * n], s[4 * n + 1], s[4 * n + 2], s[4 * n + 3]});
+                     ptx::F32x4{x_[4 * n], x_[4 * n + 1], x_[4 * n + 2], x_[4 * n + 3]});
     ptx::sync_warp();
-    if (this->lane_ == 0) ptx::mbarrier_arrive(shared_ + offsetof(Shared, p_full));
+    if (block_.lane() == 0) ptx::mbarrier_arrive(block_.at(offsetof(Shared, p_full)));
   }
 
-  INTERNVL_PTX_FN void take_probabilities(float (&dp)[kScores], uint32_t now, int stage,
-                                          const uint32_t (&hidden)[kWords], uint32_t parity) {
-    ptx::mbarrier_wait_parity(shared_ + offsetof(Shared, p_full), parity);
-    const uint32_t at = this->floats(offsetof(Shared, delta), stage) + this->lane_ % 4 * 8;
+  INTERNVL_PTX_FN void take_probabilities(uint32_t now, int stage, const KvBits<Traits>& hidden) {
+    ptx::mbarrier_wait_parity(block_.at(offsetof(Shared, p_full)), parity_);
+    const uint32_t at = block_.lane_delta(stage);
     INTERNVL_UNROLL
-    for (int n = 0; n < kScores / 4; ++n) {
+    for (int n = 0; n < Traits::kBlockM / 8; ++n) {
       const auto delta = ptx::ld_shared<ptx::F32x2>(at + n * 32);
       const auto p = ptx::ld_shared<ptx::F32x4>(exchange() + n * kWarpgroupThreads * 16);
-      dp[4 * n] = p.x * (dp[4 * n] - delta.x);
-      dp[4 * n + 1] = p.y * (dp[4 * n + 1] - delta.y);
-      dp[4 * n + 2] = p.z * (dp[4 * n + 2] - delta.x);
-      dp[4 * n + 3] = p.w * (dp[4 * n + 3] - delta.y);
+      x_[4 * n] = p.x * (x_[4 * n] - delta.x);
+      x_[4 * n + 1] = p.y * (x_[4 * n + 1] - delta.y);
+      x_[4 * n + 2] = p.z * (x_[4 * n + 2] - delta.x);
+      x_[4 * n + 3] = p.w * (x_[4 * n + 3] - delta.y);
     }
-    if (now % 2) this->clear_hidden(dp, hidden);
+    if (now % 2) Block::clear_hidden(x_, hidden);
     ptx::sync_warp();
-    if (this->lane_ == 0) ptx::mbarrier_arrive(shared_ + offsetof(Shared, p_empty));
+    if (block_.lane() == 0) ptx::mbarrier_arrive(block_.at(offsetof(Shared, p_empty)));
   }
 
   // dV += P^T dO, or dK += dS^T Q; under way until start_scores or the end of the list.
-  INTERNVL_PTX_FN void add_products(uint32_t (&operand)[kSlices][4], const float (&x)[kScores],
-                                    uint32_t rows) {
-    to_operands<T>(operand, x);
-    fence_registers(operand);
+  INTERNVL_PTX_FN void add_products(uint32_t rows) {
+    to_operands<T>(operand_, x_);
+    fence_registers(operand_);
     fence_registers(sum_);
     ptx::wgmma_fence();
-    multiply_columns<T, RowTile>(sum_, operand, rows);
+    multiply_columns<T, typename Block::RowTile>(sum_, operand_, rows);
     ptx::wgmma_commit_group();
   }
 
-  float sum_[kHeadDim / 2] = {};  // dV or dK
+  const Block& block_;
+  const bool first_;                // of the warpgroups
+  int before_ = -1;                 // the stage of the tile before, which dV or dK may still read
+  uint32_t parity_ = 0;             // of the barriers of `exchange`
+  KvScores<Traits> x_ = {};         // S and P, or dP and dS
+  KvOperand<Traits> operand_ = {};  // P or dS
+  KvSums<Traits> sum_ = {};         // dV or dK
 };
 
 template <class Traits>
 __global__ void __launch_bounds__(kThreads, 1)
     prefix_attn_bwd_kv_kernel(const INTERNVL_GRID_CONSTANT BwdPlan plan) {
+  const BwdKvBlock<Traits> block(plan);
+  block.init_barriers();
+  if (block.produces()) return block.produce();
+  ptx::set_max_registers_inc<kConsumerRegisters>();
   if constexpr (Traits::kWide)
-    BwdKvWide<Traits>(plan).run();
+    BwdKvWide<Traits>(block).run();
   else
-    BwdKv<Traits>(plan).run();
+    BwdKv<Traits>(block).run();
 }
 
 }  // namespace internvl::sm90

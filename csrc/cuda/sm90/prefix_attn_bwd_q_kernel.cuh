@@ -11,9 +11,9 @@
 // Pipeline: K and V of a tile come into slots of their own by bulk copies; V's slot is free again
 // when dP is there, K's after dQ. A warpgroup has P to compute while the tensor cores work on dP,
 // and, where its registers allow (kAhead), starts the next tile's S behind dQ. Keys that no query
-// sees: the producer waits for such a
-// tile itself and zeroes their rows of K, so that 0 * NaN does not arise. The slopes' sum of a
-// block is added up in a fixed order and goes to args.slope_sums. Shared memory: see BwdQShared.
+// sees: the producer waits for such a tile itself and zeroes their rows of K, so that 0 * NaN does
+// not arise. The slopes' sum of a block is added up in a fixed order and goes to args.slope_sums.
+// Shared memory: see BwdQShared.
 #pragma once
 
 #include "cuda/ptx/registers.cuh"

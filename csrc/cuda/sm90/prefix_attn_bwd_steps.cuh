@@ -1,15 +1,14 @@
 // Steps that the two big kernels of the Hopper backward share: the list of tiles to visit, the
-// pipeline's slots, copies, and products of tiles.
+// pipeline's slots, copies.
 #pragma once
 
-#include "cuda/ptx/cvt.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/sync.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/warp.cuh"
-#include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/prefix_attn_bwd_traits.cuh"
+#include "cuda/sm90/products.cuh"
 #include "cuda/tile/copy.cuh"
 
 namespace internvl::sm90 {
@@ -93,48 +92,6 @@ INTERNVL_PTX_FN void clear_rows(uint32_t tile, Clear clear) {
       for (int n = static_cast<int>(threadIdx.x) % 32; n < Tile::kRows * kChunks;
            n += 32) if (clear(n / kChunks))
           ptx::st_shared(tile + Tile::offset(n / kChunks, n % kChunks * 8), ptx::U32x4{0, 0, 0, 0});
-}
-
-template <class R, int kCount>
-INTERNVL_PTX_FN void fence_registers(R (&registers)[kCount]) {
-  INTERNVL_UNROLL
-  for (int i = 0; i < kCount; ++i) ptx::fence_operand(registers[i]);
-}
-
-template <int kSlices>
-INTERNVL_PTX_FN void fence_registers(uint32_t (&a)[kSlices][4]) {
-  INTERNVL_UNROLL
-  for (int slice = 0; slice < kSlices; ++slice) fence_registers(a[slice]);
-}
-
-// c [64, B::kRows] = A B^T over all columns, A's rows from `row` on. One batch, not committed.
-template <class T, class A, class B>
-INTERNVL_PTX_FN void multiply_rows(float (&c)[B::kRows / 2], uint32_t a, int row, uint32_t b) {
-  static_assert(A::kColumns == B::kColumns, "the product runs over the columns of both");
-  INTERNVL_UNROLL
-  for (int k = 0; k < A::kColumns; k += tile::kSliceK)
-    ptx::wgmma_ss<T, B::kRows, ptx::Major::kK, ptx::Major::kK>(c, A::k_major(a, row, k),
-                                                               B::k_major(b, 0, k), k != 0);
-}
-
-// c [64, B::kColumns] += A B, A [64, B::kRows] in registers. One batch, not committed.
-template <class T, class B>
-INTERNVL_PTX_FN void multiply_columns(float (&c)[B::kColumns / 2],
-                                      const uint32_t (&a)[B::kRows / tile::kSliceK][4],
-                                      uint32_t b) {
-  INTERNVL_UNROLL
-  for (int slice = 0; slice < B::kRows / tile::kSliceK; ++slice)
-    ptx::wgmma_rs<T, B::kColumns, ptx::Major::kMN>(c, a[slice],
-                                                   B::mn_major(b, slice * tile::kSliceK, 0), true);
-}
-
-// Accumulators [64, 16 kSlices] as the A operands of the next product.
-template <class T, int kSlices>
-INTERNVL_PTX_FN void to_operands(uint32_t (&a)[kSlices][4], const float (&c)[kSlices * 8]) {
-  INTERNVL_UNROLL
-  for (int slice = 0; slice < kSlices; ++slice) INTERNVL_UNROLL
-  for (int i = 0; i < 4; ++i)
-    a[slice][i] = ptx::pack2<T>(c[slice * 8 + 2 * i], c[slice * 8 + 2 * i + 1]);
 }
 
 // A warpgroup's accumulators [64, Tile::kColumns], times `factor`, to rows `row` and on of the tile

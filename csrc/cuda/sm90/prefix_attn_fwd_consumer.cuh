@@ -5,22 +5,22 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/prefix_attn_fwd_producer.cuh"
-#include "cuda/tile/online_softmax.cuh"
+#include "cuda/sm90/products.cuh"
+#include "cuda/tile/attn_fwd_scores.cuh"
 
 namespace internvl::sm90 {
 
 template <class Traits>
-struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
-  using Base = tile::FwdSchedule<Traits, FwdShared<Traits>>;
+struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Traits>> {
+  using Base = tile::FwdScores<FwdConsumer, Traits, FwdShared<Traits>>;
   using Element = typename Traits::Element;
   using Shared = FwdShared<Traits>;
   using Team = typename Traits::Team;
   using QTile = typename Traits::QTile;
   using KvTile = typename Traits::KvTile;
-  using Base::lane, Base::listed, Base::mask, Base::next_entry, Base::next_listed, Base::q_addr,
-      Base::shared, Base::thread;
-  static constexpr int kRows = 2;  // per lane: see tile_row
-  static constexpr int kBlockN = Traits::kBlockN;
+  using Base::kBlockN, Base::kRows;
+  using Base::lane, Base::listed, Base::next_entry, Base::q_addr, Base::shared, Base::softmax,
+      Base::thread;
   static constexpr int kChunks = Traits::kHeadDim / 8;
 
   const FwdPlan& plan;
@@ -30,7 +30,6 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
   float s[kBlockN / 2] = {};    // scores, then weights
   uint32_t p[kBlockN / 16][4];  // the weights of the entry before, as operands
   float o[Traits::kHeadDim / 2] = {};
-  tile::OnlineSoftmax<kRows> softmax;
   float factor[kRows];  // of the output, when its reference has moved
   bool moved = false;
 
@@ -53,14 +52,6 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
     INTERNVL_UNROLL
     for (int i = 0; i < Traits::kHeadDim / 4; ++i) f(o[i / 2 * 4 + r * 2 + i % 2]);
   }
-
-  template <int kCount>
-  INTERNVL_PTX_FN static void fence_operands(float (&x)[kCount]) {
-    INTERNVL_UNROLL
-    for (int i = 0; i < kCount; ++i) ptx::fence_operand(x[i]);
-  }
-
-  INTERNVL_PTX_FN float scale_log2() const { return plan.params.softmax_scale * tile::kLog2e; }
 
   // --- handing over ---
 
@@ -126,59 +117,25 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
   // --- products ---
 
   INTERNVL_PTX_FN void start_qk() {
-    const uint32_t k = k_tile();
-    fence_operands(s);
+    fence_registers(s);
     ptx::wgmma_fence();
-    INTERNVL_UNROLL
-    for (int d = 0; d < Traits::kHeadDim; d += 16)
-      ptx::wgmma_ss<Element, kBlockN, ptx::Major::kK, ptx::Major::kK>(
-          s, QTile::k_major(q_addr(), 64 * warpgroup, d), KvTile::k_major(k, 0, d), d > 0);
+    multiply_rows<Element, QTile, KvTile>(s, q_addr(), 64 * warpgroup, k_tile());
     ptx::wgmma_commit_group();
   }
 
   INTERNVL_PTX_FN void start_pv() {
-    const uint32_t v = v_tile();
-    fence_operands(o);
-    INTERNVL_UNROLL
-    for (int n = 0; n < kBlockN / 16; ++n)
-      for (uint32_t& word : p[n]) ptx::fence_operand(word);
+    fence_registers(o);
+    fence_registers(p);
     ptx::wgmma_fence();
-    INTERNVL_UNROLL
-    for (int n = 0; n < kBlockN / 16; ++n)
-      ptx::wgmma_rs<Element, Traits::kHeadDim, ptx::Major::kMN>(
-          o, p[n], KvTile::mn_major(v, 16 * n, 0), true);
+    multiply_columns<Element, KvTile>(o, p, v_tile());
     ptx::wgmma_commit_group();
   }
 
   // --- softmax ---
 
-  // Key j0 as seen from position0: how far it lies on the left.
-  INTERNVL_PTX_FN float distance_to(int32_t j0) const {
-    return static_cast<float>(this->position0() - j0);
-  }
-
-  // Bit i of seen[r]: is column i of the lane's visible to row r? Found before the scores
-  // need the registers, in a loop that is not unrolled.
-  INTERNVL_PTX_FN void see_keys(int32_t j_lane, uint32_t (&seen)[kRows]) const {
-    const tile::KeyMask keys = mask();
-    const tile::FwdRow rows[kRows] = {this->row(tile_row(0)), this->row(tile_row(1))};
-    seen[0] = seen[1] = 0;
-    INTERNVL_NO_UNROLL
-    for (int i = 0; i < kBlockN / 4; ++i) {
-      const int32_t j = j_lane + i / 2 * 8 + i % 2;
-      const tile::Key key = tile::key_at(keys, j);
-      const int32_t segment = keys.segments ? tile::key_segment(keys, j) : 0;
-      INTERNVL_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const bool same = !keys.segments || (rows[r].inside && rows[r].segment == segment);
-        seen[r] |= uint32_t{same && tile::sees(keys, rows[r].p, key)} << i;
-      }
-    }
-  }
-
   // Scores with bias and mask, in base 2, in place of the products. No product is under way.
-  INTERNVL_PTX_FN void mask_and_bias(int32_t j_lane, const uint32_t (&seen)[kRows]) {
-    const float distance = distance_to(j_lane), scale = scale_log2();
+  INTERNVL_PTX_FN void mask_and_bias(int32_t entry, const uint32_t (&seen)[kRows]) {
+    const float distance = this->distance_to(this->lane_key(entry)), scale = this->scale_log2();
     const tile::FwdRow rows[kRows] = {this->row(tile_row(0)), this->row(tile_row(1))};
     INTERNVL_UNROLL
     for (int i = 0; i < kBlockN / 2; ++i) {
@@ -190,45 +147,13 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
     }
   }
 
-  // The bias of a tile on one side of its queries, one fma per score: the score becomes
-  // scale_log2 * (s + side * slope / scale * column) + offset.
-  INTERNVL_PTX_FN void linear_bias(int32_t entry, float (&offset)[kRows]) {
-    const float distance = distance_to(tile::entry_tile(entry) * kBlockN + 2 * (lane % 4));
-    const float inverse_scale = ptx::rcp(scale_log2());
-    INTERNVL_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const tile::FwdRow row = this->row(tile_row(r));
-      const float step = entry & tile::kRightOfQueries ? -row.slope_log2 : row.slope_log2;
-      const float z_step = step * inverse_scale;
-      offset[r] = -step * (distance + static_cast<float>(row.offset));
-      each_score(
-          r, [&](float& z, int column) { z = ptx::fma(z_step, static_cast<float>(column), z); });
-    }
-  }
-
-  // Turns scores scale * z + offset into weights exp2(score - reference).
   INTERNVL_PTX_FN void find_weights(float scale, const float (&offset)[kRows]) {
-    float tile_max[kRows];
-    INTERNVL_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      float largest = -INFINITY;
-      each_score(r, [&](float& z, int) { largest = ptx::fmax(largest, z); });
-      tile_max[r] = tile::quad_max(ptx::fma(largest, scale, offset[r]));
-    }
     moved = false;
-    softmax.update_max(tile_max, [&](const float (&by)[kRows]) {
+    Base::find_weights(scale, offset, [&](const float (&by)[kRows]) {
       moved = true;
       INTERNVL_UNROLL
       for (int r = 0; r < kRows; ++r) factor[r] = by[r];
     });
-    INTERNVL_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const float shift = offset[r] - softmax.reference(r);
-      each_score(r, [&](float& x, int) {
-        x = ptx::ex2(ptx::fma(x, scale, shift));
-        softmax.row_sum[r] += x;
-      });
-    }
   }
 
   // After the product of the entry before: the output follows the reference, the weights become
@@ -238,18 +163,13 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
       INTERNVL_UNROLL
       for (int r = 0; r < kRows; ++r) each_output(r, [&](float& x) { x *= factor[r]; });
     }
-    INTERNVL_UNROLL
-    for (int n = 0; n < kBlockN / 16; ++n) {
-      INTERNVL_UNROLL
-      for (int i = 0; i < 4; ++i)
-        p[n][i] = ptx::pack2<Element>(s[8 * n + 2 * i], s[8 * n + 2 * i + 1]);
-    }
+    to_operands<Element>(p, s);
   }
 
   // --- the walk over the list ---
 
   INTERNVL_PTX_FN void end_pv() {
-    fence_operands(o);
+    fence_registers(o);
     release_v();
   }
 
@@ -258,9 +178,8 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
   template <bool kFirst, bool kMasked>
   INTERNVL_PTX_FN void step(int32_t entry) {
     constexpr bool kBeside = !kFirst && !kMasked;
-    const int32_t j_lane = tile::entry_tile(entry) * kBlockN + 2 * (lane % 4);
     uint32_t seen[kRows];
-    if constexpr (kMasked) see_keys(j_lane, seen);
+    if constexpr (kMasked) this->see_keys(entry, seen);
     wait_for_k();
     take_turn();
     start_qk();
@@ -270,16 +189,16 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
     }
     pass_turn();
     ptx::wgmma_wait_group<kBeside ? 1 : 0>();
-    fence_operands(s);
+    fence_registers(s);
     release_k();
     if constexpr (!kFirst && !kBeside) end_pv();
     float offset[kRows] = {};
     if constexpr (kMasked) {
-      mask_and_bias(j_lane, seen);
+      mask_and_bias(entry, seen);
       find_weights(1.0f, offset);
     } else {
-      if (plan.params.alibi_slopes) linear_bias(entry, offset);
-      find_weights(scale_log2(), offset);
+      if (plan.params.alibi_slopes) this->linear_bias(entry, offset);
+      find_weights(this->scale_log2(), offset);
     }
     if constexpr (kBeside) {
       ptx::wgmma_wait_group<0>();
@@ -317,20 +236,9 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
     finish_list();
   }
 
-  // A lower bound of every row's lse, in natural units; -inf while some row has met no key.
-  INTERNVL_PTX_FN float lower_bound(const tile::FwdRows& rows) const {
-    float lower = INFINITY;
-    INTERNVL_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const float lse = softmax.lse_log2(r) * tile::kLn2;
-      lower = rows.exists(tile_row(r)) ? ptx::fmin(lower, lse) : lower;
-    }
-    return this->team_min(lower);
-  }
-
   // Makes the next list, and tells the producer.
   INTERNVL_PTX_FN void publish_list() {
-    Base::refill([&](const tile::FwdRows& rows) { return lower_bound(rows); });
+    this->refill();
     if (thread != 0) return;
     ptx::st_shared(shared + offsetof(Shared, listed), listed);
     ptx::mbarrier_arrive(shared + offsetof(Shared, list_full));
@@ -338,22 +246,11 @@ struct FwdConsumer : tile::FwdSchedule<Traits, FwdShared<Traits>> {
 
   // --- epilogue ---
 
-  INTERNVL_PTX_FN void store_lse(const tile::FwdRows& rows, int r, float lse) const {
-    const int row = tile_row(r);
-    if (lane % 4 != 0 || !rows.exists(row)) return;
-    const PrefixAttnParams& params = plan.params;
-    const int64_t head = rows.b * params.heads_q + rows.head0 + rows.head(row);
-    ptx::st_global(params.lse + head * params.seqlen_q + rows.query0 + rows.query(row), lse);
-  }
-
   // Over the warpgroup's own rows of Q, whose last product is done.
   INTERNVL_PTX_FN void stage_out(const tile::FwdRows& rows) {
     INTERNVL_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const float sum = tile::quad_sum(softmax.row_sum[r]);
-      const bool empty = sum == 0.0f;
-      const float inverse = empty ? 0.0f : 1.0f / sum;
-      store_lse(rows, r, empty ? -INFINITY : (softmax.row_max[r] + ptx::lg2(sum)) * tile::kLn2);
+      const float inverse = this->finish_row(rows, r);
       INTERNVL_UNROLL
       for (int d = 0; d < kChunks; ++d) {
         const float* pair = o + 4 * d + 2 * r;

@@ -18,6 +18,7 @@ struct PrefixAttnFwdTraits {
   static constexpr int kBlockN = kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 112 : 80;
   static constexpr int kStages = 2;  // of K and of V
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+  static constexpr int kRows = 2;  // of which a lane holds scores
 
   // Warpgroups take turns to start products where softmax takes about as long as they do.
   static constexpr bool kTakesTurns = kHeadDim <= 128;

@@ -101,9 +101,9 @@ LaunchStatus bwd_launch_rows(const BwdArgs& args, void* stream) {
       bwd_rows_kernel<Traits>,
       bwd_config("prefix_attn_bwd_rows", parts, kRowThreads, sizeof(BwdRowsShared), stream), args);
   if (!status.ok() || !args.row_segments) return status;
-  ptx::LaunchConfig config = bwd_config("prefix_attn_bwd_segments", args.row_tiles, 32, 0, stream);
-  config.grid.y = static_cast<unsigned>(params.batch);
-  return ptx::launch(bwd_segments_kernel<Traits>, config, args);
+  return ptx::launch(
+      bwd_segments_kernel<Traits>,
+      bwd_config("prefix_attn_bwd_segments", args.row_tiles * params.batch, 32, 0, stream), args);
 }
 
 // After them: dalibi_slopes, where there are slopes.

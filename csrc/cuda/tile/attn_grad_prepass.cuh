@@ -107,11 +107,11 @@ __global__ void __launch_bounds__(kRowThreads) bwd_rows_kernel(const BwdArgs arg
   ptx::st_global(args.row_norms + head * args.row_tiles + tile, ptx::F32x2{q_norm, lowest});
 }
 
-// One warp a block.
+// A block, which is one warp, per query tile of a batch row.
 template <class Traits>
 __global__ void __launch_bounds__(32) bwd_segments_kernel(const BwdArgs args) {
   constexpr int kBlockM = Traits::kBlockM;
-  const int64_t b = blockIdx.y, tile = blockIdx.x;
+  const int64_t b = blockIdx.x / args.row_tiles, tile = blockIdx.x % args.row_tiles;
   const KeyMask mask = key_mask(args.params, {}, 0, b);
   int32_t lo = INT32_MAX, not_hi = INT32_MAX;  // ~x turns the largest into the smallest
   bool any_inside = false, all_inside = true;

@@ -145,6 +145,7 @@ const NamedKernels& mistakes() {
       {"warps wait for each other", &barrier_kernel<4>},
       {"different sync_threads", &barrier_kernel<5>},
       {"arrives twice", &barrier_kernel<6>},
+      {"too tall a grid", &write_input_kernel},
       {"rounds", &rounds_kernel<true>},
       {"rounds without end", &rounds_kernel<false>},
   };

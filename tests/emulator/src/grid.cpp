@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxSharedBytes = 227 * 1024;
+constexpr unsigned kMaxGridX = 0x7fffffff, kMaxGridYZ = 65535;
 
 MmaOrder mma_order(const Options& options) {
   MmaOrder order{};
@@ -36,6 +37,10 @@ std::string run_grid(const GridConfig& config, const std::function<void()>& kern
     return std::to_string(config.threads) + " threads; the emulator runs whole warps up to 1024";
   if (config.shared_bytes < 0 || config.shared_bytes > kMaxSharedBytes)
     return std::to_string(config.shared_bytes) + " bytes of shared memory; at most 232448 fit";
+  const Index3& grid = config.grid;
+  if (grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
+    return "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+           std::to_string(grid.z) + " blocks; at most 2147483647 x 65535 x 65535 are launched";
   KernelRun& run = session->kernels[config.name];
   run.name = config.name;
   ++run.launches;
