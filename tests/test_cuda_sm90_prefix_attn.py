@@ -12,19 +12,22 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 SMALL = Case(seqlen_q=96, seqlen_k=160, heads_q=2, heads_kv=1, head_dim=64, dtype="bfloat16")
 STRUCTURED = testing.structured_cases()
+ONE = dataclasses.replace(attention.HOPPER, multiprocessors=1)  # its block works on all query tiles
 
 
 def vary(**changes):
     return dataclasses.replace(SMALL, **changes)
 
 
-def problems(case, **options):
-    return attention.problems(case, device=attention.HOPPER, **options)
+def problems(case, seed=0, **options):
+    """The seed also says how many blocks share the query tiles."""
+    device = dataclasses.replace(attention.HOPPER, multiprocessors=(132, 1, 3)[seed % 3])
+    return attention.problems(case, device=device, seed=seed, **options)
 
 
-def forward(case_or_inputs, **options):
+def forward(case_or_inputs, device=attention.HOPPER, **options):
     inputs = testing.build(case_or_inputs) if isinstance(case_or_inputs, Case) else case_or_inputs
-    return attention.forward(inputs, device=attention.HOPPER, **options)
+    return attention.forward(inputs, device=device, **options)
 
 
 def test_it_is_the_hopper_kernel_that_runs():
@@ -160,13 +163,39 @@ def test_forward_and_backward_of_a_hopper_device(name):
     assert testing.mismatches(results, truth, testing.attention_bounds(inputs, truth), eager) == []
 
 
+@pytest.mark.parametrize("multiprocessors", (1, 3))
+@pytest.mark.parametrize("head_dim", (20, 64, 96, 128))
+def test_blocks_that_work_on_several_query_tiles(head_dim, multiprocessors):
+    """One per multiprocessor where tiles cost what their place says; some of these see no key."""
+    mask = {"query_start": (-210, -20), "prefix_len": (0, 150)}
+    case = vary(head_dim=head_dim, batch=2, heads_kv=2, seqlen_q=400, seqlen_k=330, alibi="mpt", **mask)
+    inputs = testing.build(case)
+    truth = testing.oracle(inputs, None)
+    eager = lambda: testing.run(testing.gate.reference.prefix_attn, inputs, None)  # noqa: E731
+    device = dataclasses.replace(attention.HOPPER, multiprocessors=multiprocessors)
+    for seed in (0, 1):
+        got, session = attention.forward(inputs, device=device, seed=seed)
+        assert testing.mismatches(got, truth, testing.attention_bounds(inputs, truth), eager) == []
+        assert session.kernels()["prefix_attn_fwd"]["blocks"] == multiprocessors
+
+
+@pytest.mark.parametrize(
+    "change", ({"key_range": ((10, 140),)}, {"key_flags": "holes"}, {"segments": "packed"}, {"head_dim": 256})
+)
+def test_tiles_of_unknown_cost_are_dealt_out_by_hardware(change):
+    case = vary(seqlen_q=400, heads_kv=2, **change)
+    _, session = attention.forward(testing.build(case), device=ONE)
+    assert session.kernels()["prefix_attn_fwd"]["blocks"] == 2 * (400 // (192 if case.head_dim == 64 else 128) + 1)
+
+
 def test_sums_that_truncate():
     assert problems(vary(alibi="mpt", prefix_len=(40,), head_dim=128), toward_zero=True) == []
 
 
-# Several tiles and lists, tiles whose values are cleared, no visible key, packed rows.
+# Several query tiles, also where no map holds the output; several lists; values to clear; no visible key; packed rows.
 CALLS = (
-    vary(seqlen_q=200, seqlen_k=700, heads_q=1),
+    vary(seqlen_q=500, seqlen_k=700, heads_q=1),
+    vary(seqlen_q=500, seqlen_k=500, heads_q=1, head_dim=20, alibi="mpt"),
     vary(seqlen_q=130, seqlen_k=1200, heads_q=1, head_dim=128, alibi="mpt", prefix_len=(1200,), key_flags="holes"),
     vary(seqlen_q=70, seqlen_k=70, heads_q=1, key_range=((9, 9),)),
     vary(seqlen_q=9, seqlen_k=300, heads_q=8, segments="packed", alibi="mpt"),
@@ -177,7 +206,7 @@ def sites():
     """Barriers and waits ("file:line") and the calls that meet them."""
     found = {}
     for call in CALLS:
-        _, session = forward(call)
+        _, session = forward(call, device=ONE)
         for site in session.kernels()["prefix_attn_fwd"]["synchronising"]:
             found.setdefault(site, []).append(call)
     return found
@@ -187,10 +216,10 @@ def is_needed(site, calls):
     for call in calls:
         inputs = testing.build(call)
         try:
-            got, _ = forward(inputs, skip=site)
+            got, _ = forward(inputs, device=ONE, skip=site)
         except AssertionError:
             return True
-        expected, _ = forward(inputs)
+        expected, _ = forward(inputs, device=ONE)
         if not all(torch.equal(got[name], expected[name]) for name in got):
             return True
     return False

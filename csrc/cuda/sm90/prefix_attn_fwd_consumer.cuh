@@ -90,6 +90,10 @@ struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Trai
     if constexpr (Traits::kTakesTurns) ptx::bar_arrive(Traits::kTurnBarrier + next, 2 * kWarpgroup);
   }
 
+  INTERNVL_PTX_FN uint32_t q_tile(int n) const {
+    return shared + offsetof(Shared, q) + n * QTile::kBytes;
+  }
+
   // Starts the copy of this thread's part of Q. (Rows of packed heads fit no tensor map.)
   INTERNVL_PTX_FN void load_q(const tile::FwdRows& rows) const {
     const View& q = plan.params.q;
@@ -236,25 +240,30 @@ struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Trai
     finish_list();
   }
 
-  // Makes the next list, and tells the producer.
-  INTERNVL_PTX_FN void publish_list() {
-    this->refill();
+  // Tells the producer of a list.
+  INTERNVL_PTX_FN void publish(int32_t entries) const {
     if (thread != 0) return;
-    ptx::st_shared(shared + offsetof(Shared, listed), listed);
+    ptx::st_shared(shared + offsetof(Shared, listed), entries);
     ptx::mbarrier_arrive(shared + offsetof(Shared, list_full));
+  }
+
+  // Makes the query tile's next list, if there is one.
+  INTERNVL_PTX_FN void next_list() {
+    this->refill();
+    if (listed > 0) publish(listed);
   }
 
   // --- epilogue ---
 
   // Over the warpgroup's own rows of Q, whose last product is done.
-  INTERNVL_PTX_FN void stage_out(const tile::FwdRows& rows) {
+  INTERNVL_PTX_FN void stage_out(const tile::FwdRows& rows, uint32_t staging) {
     INTERNVL_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const float inverse = this->finish_row(rows, r);
       INTERNVL_UNROLL
       for (int d = 0; d < kChunks; ++d) {
         const float* pair = o + 4 * d + 2 * r;
-        ptx::st_shared(q_addr() + Traits::q_offset(tile_row(r), d) + lane % 4 * 4,
+        ptx::st_shared(staging + Traits::q_offset(tile_row(r), d) + lane % 4 * 4,
                        ptx::pack2<Element>(pair[0] * inverse, pair[1] * inverse));
       }
     }
@@ -263,19 +272,17 @@ struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Trai
   }
 
   // By tensor copies where a map describes the output; else whole rows, 16 bytes at a time.
-  INTERNVL_PTX_FN void store_out() {
-    const tile::FwdRows rows = this->rows();
-    stage_out(rows);
+  INTERNVL_PTX_FN void store_out(const tile::FwdRows& rows, uint32_t staging) {
+    stage_out(rows, staging);
     const int first = 64 * warpgroup;
     if (plan.out_mapped) {
       if (thread % kWarpgroup != 0 || first >= rows.count) return;
       INTERNVL_UNROLL
       for (int panel = 0; panel < QTile::kPanels; ++panel)
-        ptx::tma_store_4d(&plan.out, q_addr() + QTile::offset(first, panel * QTile::kPanel),
+        ptx::tma_store_4d(&plan.out, staging + QTile::offset(first, panel * QTile::kPanel),
                           panel * QTile::kPanel, static_cast<int>(rows.query0) + first,
                           static_cast<int>(rows.head0), static_cast<int>(rows.b));
       ptx::bulk_commit_group();
-      ptx::bulk_wait_group_read<0>();
       return;
     }
     const View& out = plan.params.out;
@@ -285,22 +292,68 @@ struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Trai
       const int chunk = i % kChunks, elements = this->head_dim() - chunk * 8;
       if (!rows.exists(row) || elements <= 0) continue;
       tile::store_chunk(base + rows.offset(out, row) + chunk * 16,
-                        ptx::ld_shared<ptx::U32x4>(q_addr() + Traits::q_offset(row, chunk)),
+                        ptx::ld_shared<ptx::U32x4>(staging + Traits::q_offset(row, chunk)),
                         elements, plan.out_aligned);
     }
   }
 
-  INTERNVL_PTX_FN void run() {
+  // The output has left shared memory.
+  INTERNVL_PTX_FN void wait_for_store() const {
+    if (thread % kWarpgroup == 0) ptx::bulk_wait_group_read<0>();
+  }
+
+  // --- one query tile after the other ---
+
+  INTERNVL_PTX_FN void begin_tile() {
     this->describe_block([&](const tile::FwdRows& rows) { load_q(rows); });
+    next_list();
+  }
+
+  INTERNVL_PTX_FN void attend() {
     softmax.clear();
-    if (warpgroup == Traits::kConsumers - 1) pass_turn();
-    publish_list();
+    INTERNVL_UNROLL
+    for (int r = 0; r < kRows; ++r) each_output(r, [](float& x) { x = 0.0f; });
     wait_for_q();
     while (listed > 0) {
       walk_list();
-      publish_list();
+      next_list();
     }
-    store_out();
+  }
+
+  // The next tile is prepared, and its keys are on their way, before the output of this one leaves.
+  INTERNVL_PTX_FN void attend_all() {
+    const uint32_t tiles = static_cast<uint32_t>(plan.row_tiles) * plan.heads;
+    uint32_t ahead = 2 * (gridDim.x - 1 - blockIdx.x) + 1;  // there and back again: see NOTES.md
+    tile::FwdRows done = {};
+    for (bool first = true;; first = false) {
+      const uint32_t staging = this->q_at;
+      if (!first) this->q_at = q_tile(staging == q_tile(0) ? 1 : 0);
+      if (this->index < tiles)
+        begin_tile();
+      else
+        publish(0);
+      if (!first) store_out(done, staging);
+      if (this->index >= tiles) return;
+      attend();
+      done = this->rows();
+      this->index += ahead;
+      ahead = 2 * gridDim.x - ahead;
+      wait_for_store();
+      Team::sync();  // nobody reads this tile's description any more
+    }
+  }
+
+  INTERNVL_PTX_FN void run() {
+    if (warpgroup == Traits::kConsumers - 1) pass_turn();
+    if constexpr (Traits::kQTiles == 2) {
+      attend_all();
+    } else {
+      begin_tile();
+      attend();
+      publish(0);
+      store_out(this->rows(), q_addr());
+    }
+    wait_for_store();
     if (warpgroup == 0) take_turn();  // the last one that was passed on
   }
 };

@@ -1,12 +1,13 @@
 // Forward of prefix_attn for compute capability 9.0: TMA, wgmma, warp specialisation.
 //
-// One block per query tile of one head (or of the packed heads of one KV head). Warpgroup 0 is the
-// producer: one warp of it streams key tiles (prefix_attn_fwd_producer.cuh). The other warpgroups
-// are consumers, each with 64 query rows, whose scores and output stay in its registers.
+// A block works on query tiles of one head (or of the packed heads of one KV head), one after the
+// other: prefix_attn_fwd_launch.cuh says how many. Warpgroup 0 is the producer: one warp of it
+// streams key tiles (prefix_attn_fwd_producer.cuh). The other warpgroups are consumers, each with
+// 64 query rows, whose scores and output stay in its registers.
 //
 // The consumers make the list of key tiles together (tile/attn_fwd_schedule.cuh) and hand it to the
-// producer by an mbarrier; the next list, if one is needed, is made when this one is used up. The
-// producer has then read it: its tiles have come.
+// producer by an mbarrier; the next list, of the same query tile or of the next one, is made when
+// this one is used up. The producer has then read it: its tiles have come.
 //
 // A consumer starts Q K^T of an entry, then P V of the entry before, and works on the softmax of
 // the former while the tensor cores do the latter. Up to head dim 128 the warpgroups take turns to

@@ -82,6 +82,18 @@ LaunchStatus encode_maps(FwdPlan& plan) {
   return status;
 }
 
+// One block per multiprocessor, each with its share of the query tiles, where they cost what their
+// place in the order says. Else one per tile: hardware deals them out as blocks become free.
+template <class Traits>
+unsigned blocks_of(const FwdPlan& plan, const DeviceInfo& device) {
+  const PrefixAttnParams& params = plan.params;
+  const auto tiles = static_cast<unsigned>(plan.row_tiles) * static_cast<unsigned>(plan.heads);
+  const bool known =
+      !params.key_range && !params.key_flags && !params.segment_ids && plan.key_norms == nullptr;
+  if (Traits::kQTiles == 1 || !known) return tiles;
+  return std::min(tiles, static_cast<unsigned>(device.multiprocessors));
+}
+
 }  // namespace fwd
 
 template <class T, int kHeadDim>
@@ -112,7 +124,7 @@ LaunchStatus prefix_attn_fwd(const PrefixAttnParams& params, const DeviceInfo& d
   if (!status.ok()) return status;
   ptx::LaunchConfig config;
   config.name = "prefix_attn_fwd";
-  config.grid.x = static_cast<unsigned>(plan.row_tiles) * static_cast<unsigned>(plan.heads);
+  config.grid.x = fwd::blocks_of<Traits>(plan, device);
   config.threads = Traits::kThreads;
   config.shared_bytes = kSharedBytes;
   config.stream = stream;

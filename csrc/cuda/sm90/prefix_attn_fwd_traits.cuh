@@ -17,6 +17,9 @@ struct PrefixAttnFwdTraits {
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kBlockN = kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 112 : 80;
   static constexpr int kStages = 2;  // of K and of V
+  // Tiles of Q: with two, a block prepares its next query tile before it stores the output of this
+  // one. Above, shared memory has room for one, and a block has one query tile.
+  static constexpr int kQTiles = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kRows = 2;  // of which a lane holds scores
 
@@ -53,14 +56,14 @@ struct PrefixAttnFwdTraits {
 
 template <class Traits>
 struct FwdShared {
-  alignas(1024) uint8_t q[Traits::QTile::kBytes];  // later the output
+  alignas(1024) uint8_t q[Traits::kQTiles][Traits::QTile::kBytes];  // later the output
   alignas(1024) uint8_t k[Traits::kStages][Traits::KvTile::kBytes];
   alignas(1024) uint8_t v[Traits::kStages][Traits::KvTile::kBytes];
   tile::FwdBlock block;
   tile::FwdRow rows[Traits::kBlockM];
   int32_t list[Traits::kListEntries];
   int32_t words[Traits::Team::kWarps];
-  int32_t listed;  // entries of the list; 0: the end
+  int32_t listed;  // entries of the list; 0: the end of all lists
   // mbarriers. A full one says that a tile has come, an empty one that every consumer is done with
   // it; v_landed that the producer may clear rows of it.
   alignas(8) uint64_t list_full;

@@ -76,9 +76,9 @@ INTERNVL_PTX_FN int32_t entry_tile(int32_t entry) { return entry / 8; }
 constexpr float kMaxFastSlope = 16.0f;
 constexpr float kMinFastScale = 9.5367432e-7f;  // 2^-20: slope / scale stays moderate
 
-// Shared holds q (chunk c of row r at Traits::q_offset(r, c)), block, rows, list (an entry per
-// thread of the team) and words (one per warp). Traits::Team runs the schedule; it has a thread per
-// row.
+// Shared holds q (chunk c of row r at q_addr() + Traits::q_offset(r, c)), block, rows, list (an
+// entry per thread of the team) and words (one per warp). Traits::Team runs the schedule; it has a
+// thread per row.
 template <class Traits, class Shared>
 struct FwdSchedule {
   using Team = typename Traits::Team;
@@ -89,13 +89,19 @@ struct FwdSchedule {
   const FwdPlan& plan;
   const uint32_t shared;
   const int thread, lane;
+  uint32_t index = blockIdx.x;  // of the query tile, see find_rows
+  uint32_t q_at;
   int taken = 0;  // tiles of the walk that have been looked at
   int listed = 0, next_listed = 0;
 
   INTERNVL_PTX_FN explicit FwdSchedule(const FwdPlan& launch)
-      : plan(launch), shared(ptx::dynamic_shared()), thread(Team::thread()), lane(thread % 32) {}
+      : plan(launch),
+        shared(ptx::dynamic_shared()),
+        thread(Team::thread()),
+        lane(thread % 32),
+        q_at(shared + offsetof(Shared, q)) {}
 
-  INTERNVL_PTX_FN uint32_t q_addr() const { return shared + offsetof(Shared, q); }
+  INTERNVL_PTX_FN uint32_t q_addr() const { return q_at; }
   INTERNVL_PTX_FN uint32_t words() const { return shared + offsetof(Shared, words); }
   INTERNVL_PTX_FN uint32_t block_addr() const { return shared + offsetof(Shared, block); }
   INTERNVL_PTX_FN int head_dim() const { return static_cast<int>(plan.params.head_dim); }
@@ -122,7 +128,7 @@ struct FwdSchedule {
   INTERNVL_PTX_FN FwdRows find_rows() const {
     const PrefixAttnParams& params = plan.params;
     const uint32_t per_section = plan.heads_per_section * plan.row_tiles;
-    const uint32_t section = blockIdx.x / per_section, place = blockIdx.x % per_section;
+    const uint32_t section = index / per_section, place = index % per_section;
     const int first = section * plan.heads_per_section;
     const int left = plan.heads - first;
     const uint32_t heads = left < plan.heads_per_section ? left : plan.heads_per_section;
@@ -218,9 +224,10 @@ struct FwdSchedule {
     block.candidates = last - first + 1;
   }
 
-  // Fills the description. load_q(rows) starts copies of Q by this thread.
+  // Fills the description of query tile `index`. load_q(rows) starts copies of Q by this thread.
   template <class LoadQ>
   INTERNVL_PTX_FN FwdRows describe_block(LoadQ load_q) {
+    taken = 0;
     FwdBlock block;
     block.rows = find_rows();
     load_q(block.rows);
