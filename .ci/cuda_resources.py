@@ -77,7 +77,7 @@ def is_product(text):
 
 
 def hot_loop(instructions):
-    """The smallest loop that holds more than a third of the kernel's tensor-core instructions, or nothing."""
+    """The smallest loop that holds more than a quarter of the kernel's tensor-core instructions, or nothing."""
     total = sum(is_product(text) for _, text in instructions)
     best = None
     for end, text in instructions:
@@ -85,7 +85,7 @@ def hot_loop(instructions):
         if not found or int(found.group(1), 16) >= end:
             continue
         body = [t for a, t in instructions if int(found.group(1), 16) <= a <= end]
-        if 3 * sum(is_product(t) for t in body) > total > 0 and (best is None or len(body) < len(best)):
+        if 4 * sum(is_product(t) for t in body) > total > 0 and (best is None or len(body) < len(best)):
             best = body
     return best or []
 
@@ -98,6 +98,14 @@ def opcodes(instructions):
 def spill_count(instructions):
     counts = opcodes(instructions)
     return counts["LDL"] + counts["STL"]
+
+
+def beside_product(loop):
+    """The share of the loop's exponentials that stand between its last product and the wait for that."""
+    last = max((i for i, text in enumerate(loop) if "HGMMA" in text), default=0)
+    wait = next((i for i, text in enumerate(loop) if i > last and "DEPBAR" in text and "0x0" in text), last)
+    exponentials = [i for i, text in enumerate(loop) if "MUFU.EX2" in text]
+    return sum(last < i < wait for i in exponentials) / max(len(exponentials), 1)
 
 
 def hopper_failures(registers, instructions):
@@ -155,6 +163,8 @@ def main():
             failures.append(f"{short(name)} on {arch}: {spills} spills, {spill_count(loop)} of them in the hot loop")
         if MAIN.search(name) and arch.endswith("a"):
             failures += [f"{short(name)} on {arch}: {what}" for what in hopper_failures(registers, instructions)]
+            if "_fwd_" in name and beside_product(loop) < 0.5:
+                failures.append(f"{short(name)} on {arch}: the weights wait for the product they should run beside")
     missing = asked_for() - {arch for arch, _ in code} if len(sys.argv) < 2 else set()
     failures += [f"no machine code for {arch}" for arch in sorted(missing)]
     if failures:

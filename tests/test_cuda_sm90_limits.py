@@ -19,10 +19,11 @@ def problems(inputs):
     bounds = testing.attention_bounds(inputs, truth)
     eager = lambda: testing.run(testing.gate.reference.prefix_attn, inputs, "both")  # noqa: E731
     found, copies = [], []
-    for got, session in (
-        attention.forward(inputs, device=attention.HOPPER),
-        attention.backward(inputs, *attention.saved(inputs, truth), device=attention.HOPPER),
+    for run in (
+        lambda: attention.forward(inputs, device=attention.HOPPER),
+        lambda: attention.backward(inputs, *attention.saved(inputs, truth), device=attention.HOPPER),
     ):
+        got, session = run()
         found += testing.mismatches(got, {name: truth[name] for name in got}, bounds, eager)
         copies.append(session.kernels().get("pack_rows", {}).get("launches", 0))
     return found, copies

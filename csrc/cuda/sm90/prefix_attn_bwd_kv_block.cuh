@@ -190,12 +190,6 @@ class BwdKvBlock {
     }
   }
 
-  INTERNVL_PTX_FN static void clear_hidden(Scores& x, const Bits& hidden) {
-    INTERNVL_UNROLL
-    for (int i = 0; i < kBlockM / 2; ++i)
-      if (hidden[i / 32] >> (i % 32) & 1) x[i] = 0.0f;
-  }
-
   // By a warpgroup, through its rows of `member`, which nobody else reads any more.
   INTERNVL_PTX_FN void store_dk(const KvSums<Traits>& dk, size_t member) const {
     store(dk, args_.params.softmax_scale, member, args_.grads.dk, args_.aligned_dk);

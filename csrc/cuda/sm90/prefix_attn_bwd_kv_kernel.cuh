@@ -55,7 +55,7 @@ class BwdKv {
     ptx::wgmma_wait_group<1>();  // S
     fence_registers(s_);
     block_.probabilities(s_, now / 2, stage);
-    if (partial) Block::clear_hidden(s_, hidden);
+    if (partial) clear_hidden(s_, hidden);
     to_operands<T>(p_, s_);
     fence_registers(p_);
     fence_registers(dv_);
@@ -65,7 +65,7 @@ class BwdKv {
     ptx::wgmma_wait_group<1>();  // dP
     fence_registers(dp_);
     block_.score_grads(dp_, s_, stage);
-    if (partial) Block::clear_hidden(dp_, hidden);
+    if (partial) clear_hidden(dp_, hidden);
     to_operands<T>(ds_, dp_);
     fence_registers(ds_);
     fence_registers(dk_);
@@ -147,7 +147,7 @@ class BwdKvWide {
 
   INTERNVL_PTX_FN void give_probabilities(uint32_t now, int stage, const KvBits<Traits>& hidden) {
     block_.probabilities(x_, now / 2, stage);
-    if (now % 2) Block::clear_hidden(x_, hidden);
+    if (now % 2) clear_hidden(x_, hidden);
     ptx::mbarrier_wait_parity(block_.at(offsetof(Shared, p_empty)), parity_ ^ 1);
     INTERNVL_UNROLL
     for (int n = 0; n < Traits::kBlockM / 8; ++n)
@@ -169,7 +169,7 @@ class BwdKvWide {
       x_[4 * n + 2] = p.z * (x_[4 * n + 2] - delta.x);
       x_[4 * n + 3] = p.w * (x_[4 * n + 3] - delta.y);
     }
-    if (now % 2) Block::clear_hidden(x_, hidden);
+    if (now % 2) clear_hidden(x_, hidden);
     ptx::sync_warp();
     if (block_.lane() == 0) ptx::mbarrier_arrive(block_.at(offsetof(Shared, p_empty)));
   }

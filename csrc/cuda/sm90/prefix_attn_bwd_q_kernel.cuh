@@ -29,6 +29,8 @@ struct BwdQShared {
   alignas(1024) uint8_t grad[RowTile::kBytes];
   alignas(1024) uint8_t k[Traits::kKStages][KeyTile::kBytes];
   alignas(1024) uint8_t v[Traits::kVStages][KeyTile::kBytes];
+  alignas(16) float lse_log2[Traits::kBlockRows];
+  float delta[Traits::kBlockRows];
   uint64_t full_k[Traits::kKStages], empty_k[Traits::kKStages];
   uint64_t full_v[Traits::kVStages], empty_v[Traits::kVStages];
   uint64_t rows_full, landed;
@@ -113,7 +115,12 @@ class BwdQ {
     if (items_ == 0) return;
     if (lane_ == 0) {
       const uint32_t rows_full = barrier(offsetof(Shared, rows_full), 0);
-      ptx::mbarrier_arrive_expect_tx(rows_full, 2 * RowTile::kBytes);
+      const int64_t place =
+          (int64_t{place_.b} * args_.params.heads_q + place_.h) * args_.padded_rows + first_row();
+      ptx::mbarrier_arrive_expect_tx(rows_full, 2 * RowTile::kBytes + 2 * kRows * 4);
+      ptx::bulk_load(shared_ + offsetof(Shared, lse_log2), args_.lse_log2 + place, kRows * 4,
+                     rows_full);
+      ptx::bulk_load(shared_ + offsetof(Shared, delta), args_.delta + place, kRows * 4, rows_full);
       load_tile<RowTile>(shared_ + offsetof(Shared, q), &plan_.q, first_row(), place_.h, place_.b,
                          rows_full);
       load_tile<RowTile>(shared_ + offsetof(Shared, grad), &plan_.grad_out, first_row(), place_.h,
@@ -183,15 +190,15 @@ class BwdQ {
 
   INTERNVL_PTX_FN int lane_row() const { return first_row() + warp_ * 16 + lane_ / 4; }
 
+  // lse or delta of the lane's first row, or of one that many after. Loaded again for each tile:
+  // the registers are worth more.
+  INTERNVL_PTX_FN float of_row(size_t member, int after) const {
+    return ptx::ld_shared<float>(shared_ + static_cast<uint32_t>(member) +
+                                 (warp_ * 16 + lane_ / 4 + after) * 4);
+  }
+
   INTERNVL_PTX_FN void consume() {
     if (items_ == 0) return;
-    const int64_t place =
-        (int64_t{place_.b} * args_.params.heads_q + place_.h) * args_.padded_rows + lane_row();
-    INTERNVL_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      lse_[half] = ptx::ld_global_nc(args_.lse_log2 + place + half * 8);
-      delta_[half] = ptx::ld_global_nc(args_.delta + place + half * 8);
-    }
     float s[kScores] = {}, dp[kScores] = {};
     uint32_t ds[kSlices][4] = {};
     Slot<kKStages> k;
@@ -275,22 +282,24 @@ class BwdQ {
       distance = static_cast<float>(p + lane_row() - first_key - lane_ % 4 * 2);
     }
     const tile::ScoreGrad grad{args_.scale_log2, slope * tile::kLog2e};
+    const float lse[2] = {of_row(offsetof(Shared, lse_log2), 0),
+                          of_row(offsetof(Shared, lse_log2), 8)};
     const auto distance_at = [&](int i) {
       return distance + static_cast<float>(i % 4 / 2 * 8 - i / 4 * 8 - i % 2);
     };
     INTERNVL_UNROLL
     for (int i = 0; i < kScores; ++i)
-      s[i] = grad.template probability<kAlibi>(s[i], lse_[i % 4 / 2], distance_at(i));
+      s[i] = grad.template probability<kAlibi>(s[i], lse[i % 4 / 2], distance_at(i));
+    // For a branch that keeps the wait behind P (see FwdConsumer::take_weights), where the
+    // registers allow it; the result does not need it.
+    if ((!kAlibi || kHeadDim != 128) && partial) clear_hidden(s, hidden);
     ptx::wgmma_wait_group<0>();
     fence_registers(dp);
     release(offsetof(Shared, empty_v), v_stage);
+    const float delta[2] = {of_row(offsetof(Shared, delta), 0), of_row(offsetof(Shared, delta), 8)};
     INTERNVL_UNROLL
-    for (int i = 0; i < kScores; ++i) dp[i] = s[i] * (dp[i] - delta_[i % 4 / 2]);
-    if (partial) {
-      INTERNVL_UNROLL
-      for (int i = 0; i < kScores; ++i)
-        if (hidden[i / 32] >> (i % 32) & 1) dp[i] = 0.0f;
-    }
+    for (int i = 0; i < kScores; ++i) dp[i] = s[i] * (dp[i] - delta[i % 4 / 2]);
+    if (partial) clear_hidden(dp, hidden);
     if constexpr (kAlibi) {
       INTERNVL_UNROLL
       for (int i = 0; i < kScores; ++i)
@@ -364,7 +373,6 @@ class BwdQ {
   int lane_, warp_;
   tile::BlockPlace place_;
   int32_t items_;
-  float lse_[2] = {}, delta_[2] = {};
   float slope_sum_ = 0.0f;
   float dq_[kHeadDim / 2] = {};
 };

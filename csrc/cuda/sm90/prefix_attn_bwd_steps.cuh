@@ -94,6 +94,15 @@ INTERNVL_PTX_FN void clear_rows(uint32_t tile, Clear clear) {
           ptx::st_shared(tile + Tile::offset(n / kChunks, n % kChunks * 8), ptx::U32x4{0, 0, 0, 0});
 }
 
+// Zeros where bit i of `hidden` is set.
+template <int kCount, int kWords>
+INTERNVL_PTX_FN void clear_hidden(float (&x)[kCount], const uint32_t (&hidden)[kWords]) {
+  static_assert(kCount == 32 * kWords, "a bit each");
+  INTERNVL_UNROLL
+  for (int i = 0; i < kCount; ++i)
+    if (hidden[i / 32] >> (i % 32) & 1) x[i] = 0.0f;
+}
+
 // A warpgroup's accumulators [64, Tile::kColumns], times `factor`, to rows `row` and on of the tile
 // in shared memory and from there, in whole runs of a row, to the first `rows` of `to`.
 template <class T, class Tile>

@@ -161,12 +161,18 @@ struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Trai
   }
 
   // After the product of the entry before: the output follows the reference, the weights become
-  // operands.
+  // operands. The branch waits for itself, so that the wait for all stands behind it: the assembler
+  // puts a wait before everything in its block that does not need what it waits for, here the
+  // exponentials, which shall run meanwhile.
   INTERNVL_PTX_FN void take_weights() {
     if (moved) {
+      ptx::wgmma_wait_group<0>();
+      fence_registers(o);
       INTERNVL_UNROLL
       for (int r = 0; r < kRows; ++r) each_output(r, [&](float& x) { x *= factor[r]; });
     }
+    ptx::wgmma_wait_group<0>();
+    fence_registers(o);
     to_operands<Element>(p, s);
   }
 
@@ -204,11 +210,8 @@ struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Trai
       if (plan.params.alibi_slopes) this->linear_bias(entry, offset);
       find_weights(this->scale_log2(), offset);
     }
-    if constexpr (kBeside) {
-      ptx::wgmma_wait_group<0>();
-      end_pv();
-    }
     take_weights();
+    if constexpr (kBeside) release_v();
   }
 
   // The product of the last entry of a list.

@@ -111,7 +111,7 @@ __global__ void rounds_kernel(KERNEL_ARGUMENTS) {
   ptx::sync_threads();
   uint32_t round = 0;
   while (ptx::ld_shared<uint32_t>(shared) != round) round = (round + 1) % 1024;
-  ptx::st_global(out + t, static_cast<float>(round) + ptx::ld_global(in));
+  ptx::st_global(out + t, static_cast<float>(round) + ptx::ld_global(in + t));
 }
 
 }  // namespace
