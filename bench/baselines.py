@@ -116,7 +116,11 @@ def _eager(inputs: Inputs) -> Callable[..., Tensor]:
 
 def _flex(inputs: Inputs) -> Callable[..., Tensor]:
     """FlexAttention, compiled: the package's own mask predicate as mask_mod, ALiBi as score_mod."""
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()  # every case is compiled anew; after some eight, torch would go on without compiling
+    torch._functorch.config.donated_buffer = False  # a timed backward runs many times on the tensors of one forward
 
     (batch, seqlen_q, heads, _), seqlen_k = inputs.q.shape, inputs.k.shape[1]
     mask, device = inputs.mask, inputs.q.device
@@ -248,7 +252,8 @@ def prepare(name: str, inputs: Inputs, direction: str) -> Prepared:
             call()
         elapsed = time.perf_counter() - start
     except Exception as error:  # a peer's failure is a row of the table, whatever it is
-        return Prepared(name, skipped=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        text = (str(error).splitlines() or [""])[0][:120]
+        return Prepared(name, skipped=f"failed: {type(error).__name__}: {text}")
     return Prepared(name, call, None, elapsed if peer.compiles else None, peer.causal_only)
 
 

@@ -7,16 +7,27 @@ rows of the very tensors that will be timed (forward). The bounds are the tests'
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
-from internvl_kernels import backends, reference
-from internvl_kernels.testing import Inputs, attention_bounds, build, correctness_gate, mismatches, oracle, run
+from internvl_kernels import backends, clip_qk_layernorm, reference
+from internvl_kernels.testing import (
+    Inputs,
+    attention_bounds,
+    build,
+    correctness_gate,
+    layernorm_bounds,
+    mismatches,
+    oracle,
+    run,
+)
 
-from .cases import BenchCase
+from .cases import BenchCase, NormCase
 
 GATE_LENGTH = 320  # several tiles of every backend
 SAMPLED_ROWS, SAMPLED_HEADS = 12, 2
 POISON_LIMIT = 1 << 27  # elements of the dense mask
+NORM_ROWS, NORM_EPS = 96, 1e-5
 
 
 class WrongResult(AssertionError):
@@ -93,6 +104,7 @@ def _one_row(inputs: Inputs, row: int, head: int, group: int) -> Inputs:
     return part.to(device="cpu")
 
 
+@functools.lru_cache(maxsize=1)  # one backend after another measures a case; random numbers in the billions take long
 def inputs_for(case: BenchCase, device: str = "cpu") -> tuple[Inputs, Inputs]:
     """Ours (NaN where nothing may be read) and the peers' (the same with zeros there), on ``device``."""
     c = case.case
@@ -108,3 +120,44 @@ def operator(backend: str, inputs: Inputs):
     return lambda q, k, v: run_op(
         q, k, v, alibi_slopes=inputs.alibi_slopes, softmax_scale=inputs.softmax_scale, **inputs.mask
     )[0]
+
+
+def check_norm(case: NormCase, backend: str, leaves: list[torch.Tensor], clip: float, *, gradients: bool) -> None:
+    """Raises WrongResult when the first rows, and their gradients if wanted, are not within the tests' bounds."""
+    qkv, *parameters = (t.detach() for t in leaves)
+    rows = qkv[:NORM_ROWS]
+    widths = {"q": case.q_width, "k": case.k_width, "v": case.k_width}
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(len(rows), width, generator=generator).to(rows.dtype) for width in widths.values()]
+
+    def results(forward, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        tracked = [t.clone().requires_grad_(gradients) for t in tensors]
+        out = forward(tracked[0], case.q_width, case.k_width, clip, *tracked[1:])
+        found = dict(zip(widths, out, strict=False))
+        if gradients:
+            given = [grad.to(t) for grad, t in zip(grads, found.values(), strict=True)]
+            names = ("dx", "dweight q", "dbias q", "dweight k", "dbias k")
+            found |= zip(names, torch.autograd.grad(list(found.values()), tracked, given), strict=True)
+        return {name: t.detach().double().cpu() for name, t in found.items()}
+
+    got = results(functools.partial(clip_qk_layernorm, backend=backend), rows, *parameters)
+    truth = results(reference.clip_qk_layernorm, *(t.double().cpu() for t in (rows, *parameters)))
+    x = rows.clamp(-clip, clip).cpu()
+    problems = [] if torch.equal(got["v"], truth["v"]) else ["v is not the clipped input"]
+    for i, part in enumerate("qk"):
+        columns = slice(i * case.q_width, case.q_width + i * case.k_width)
+        weight, bias = (t.cpu() for t in parameters[2 * i : 2 * i + 2])
+        bounds = layernorm_bounds(x[:, columns], weight, bias, NORM_EPS, grads[i])
+        places = {"y": (part, ...)}
+        if gradients:
+            places |= {
+                "dx": ("dx", (..., columns)),
+                "dweight": (f"dweight {part}", ...),
+                "dbias": (f"dbias {part}", ...),
+            }
+        for what, (name, place) in places.items():
+            worst = ((got[name][place] - truth[name][place]).abs() / bounds[what]).max()
+            if not worst <= 1:
+                problems.append(f"{part}: {what} is off by {worst:.2f} x its bound")
+    if problems:
+        raise WrongResult("\n".join([f"{backend} is wrong on {case.name}", *problems]))

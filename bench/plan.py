@@ -26,14 +26,18 @@ def _attention(model: str, seqlen: int, dtype: str = "float32", direction: str =
     entry = {name: options.pop(name) for name in ("core", "rounds", "study", "memory") if name in options}
     call = {"peers": options.pop("peers", ("sdpa", "eager")), "backend": options.pop("backend", "cpu")}
     case = cases.make(model, seqlen, dtype=dtype, **options)
-    name = f"{direction} {case.name} {dtype}"
+    name = f"{direction} {case.name} {dtype}{_on(call['backend'])}"
     return Entry(name, lambda: measure.attention(case, direction=direction, **call), **entry)
 
 
 def _norm(model: str, rows: int, dtype: str, direction: str, backend: str = "cpu", **entry) -> Entry:
     case = cases.make_norm(model, rows, dtype)
     prepare = lambda: measure.norm(case, direction=direction, backend=backend)  # noqa: E731
-    return Entry(f"norm {direction} {case.name} {dtype}", prepare, **entry)
+    return Entry(f"norm {direction} {case.name} {dtype}{_on(backend)}", prepare, **entry)
+
+
+def _on(backend: str) -> str:
+    return "" if backend == "cpu" else f" on {backend}"  # several of them measure the same on a GPU
 
 
 def cpu_entries() -> Iterator[Entry]:
@@ -108,7 +112,7 @@ def _shape_entries() -> Iterator[Entry]:
         yield _attention("mpt-7b", 4096, mask="decode", batch=batch, core=False)
 
 
-GPU_PEERS = ("flex", "flash-causal", "cudnn-causal", "sdpa-efficient", "flash-attn", "xformers")
+GPU_PEERS = ("flex", "flash-causal", "cudnn-causal", "sdpa-efficient", "sdpa-cudnn", "flash-attn", "xformers")
 
 
 def gpu_entries(backends: tuple[str, ...]) -> Iterator[Entry]:
@@ -120,27 +124,29 @@ def gpu_entries(backends: tuple[str, ...]) -> Iterator[Entry]:
                 yield _attention(
                     f"alibi-d{dim}", 4096, "bfloat16", direction, backend=backend, peers=GPU_PEERS, memory=True, **big
                 )
-    for backend in backends:
-        for model, batch in (("mpt-7b", 32), ("grouped-d128", 32), ("multi-query-d128", 32), ("mpt-7b", 1)):
+    for model, batch in (("mpt-7b", 32), ("grouped-d128", 32), ("multi-query-d128", 32), ("mpt-7b", 1)):
+        for backend in backends:
             yield _attention(model, 4096, "bfloat16", mask="decode", batch=batch, backend=backend, rounds=15)
-        for direction in ("forward", "backward"):
+    for direction in ("forward", "backward"):
+        for backend in backends:
             yield _norm("mpt-7b", 16384, "bfloat16", direction, backend, rounds=15)
+    pruned = cases.make("alibi-d128", 8192, dtype="bfloat16")
     for backend in backends:
-        pruned = cases.make("alibi-d128", 8192, dtype="bfloat16")
         yield Entry(
             f"pruning {backend} {pruned.name}",
-            lambda pruned=pruned, backend=backend: measure.pruning(pruned, backend=backend),
+            lambda backend=backend: measure.pruning(pruned, backend=backend),
             study="pruning",
         )
+    few = {"peers": ("flex", "flash-causal")}
+    for seqlen in (1024, 2048, 8192, 16384):
+        for backend in backends:
+            yield _attention("alibi-d128", seqlen, "bfloat16", batch=16384 // seqlen, backend=backend, **few)
+    for model in ("mpt-30b", "paligemma", "llava-7b"):
+        for backend in backends:
+            yield _attention(model, 4096, "bfloat16", backend=backend, batch=2, **few)
     for backend in backends:
-        for seqlen in (1024, 2048, 8192, 16384):
-            batch = max(1, 16384 // seqlen)
-            yield _attention(
-                "alibi-d128", seqlen, "bfloat16", batch=batch, backend=backend, peers=("flex", "flash-causal")
-            )
-        for model in ("mpt-30b", "paligemma", "llava-7b"):
-            yield _attention(model, 4096, "bfloat16", backend=backend, peers=("flex", "flash-causal"), batch=2)
         yield _attention("llava-7b", 4096, "bfloat16", mask="packed", backend=backend, peers=("flex",))
-        yield _attention("alibi-d128", 2048, "float16", backend=backend, peers=("flex", "flash-causal"), batch=4)
+    for backend in backends:
+        yield _attention("alibi-d128", 2048, "float16", backend=backend, batch=4, **few)
     if "triton" in backends:
         yield _attention("alibi-d64", 2048, "float32", backend="triton", peers=("flex", "sdpa-efficient"), batch=4)

@@ -15,6 +15,10 @@ PEER_COLOURS = {
     "flex": "#5b8f4e",
     "unfused": "#8a8f98",
     "sdpa-packed": "#d9a441",
+    "flash-causal": "#c2703d",
+    "cudnn-causal": "#7a5195",
+    "sdpa-efficient": "#d9a441",
+    "sdpa-cudnn": "#a05d7a",
 }
 
 
@@ -23,7 +27,8 @@ def label(row: dict) -> str:
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[row["dtype"]]
     direction = "" if row["direction"] == "forward" else "backward, "
     name = "clip + QK norm, " if row["op"] == "clip_qk_layernorm" else ""
-    return f"{name}{row['case']}, {direction}{short}"
+    backend = "" if row["backend"] == "cpu" else f", {row['backend']}"
+    return f"{name}{row['case']}, {direction}{short}{backend}"
 
 
 def _axes(width: float, height: float):
@@ -42,7 +47,8 @@ def plot_ratios(data: dict, path: Path) -> bool:
     rows = [r for r in data["rows"] if "study" not in r and any("ratio" in p for p in r["peers"].values())]
     if not rows:
         return False
-    peers = [name for name in PEER_COLOURS if any("ratio" in r["peers"].get(name, {}) for r in rows)]
+    peers = dict.fromkeys(name for r in rows for name, found in r["peers"].items() if "ratio" in found)
+    peers = sorted(peers, key=[*PEER_COLOURS, *peers].index)
     figure, axes = _axes(9.5, 1.2 + 0.42 * len(rows))
     height = 0.8 / len(peers)
     for k, name in enumerate(peers):
@@ -52,7 +58,9 @@ def plot_ratios(data: dict, path: Path) -> bool:
             if "ratio" in r["peers"].get(name, {})
         ]
         values = [r["peers"][name]["ratio"] for _, r in places]
-        bars = axes.barh([y for y, _ in places], values, height * 0.92, color=PEER_COLOURS[name], label=f"over {name}")
+        bars = axes.barh(
+            [y for y, _ in places], values, height * 0.92, color=PEER_COLOURS.get(name, MUTED), label=f"over {name}"
+        )
         axes.bar_label(bars, [f"{v:.1f}" for v in values], fontsize=7, padding=2)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
@@ -209,8 +217,20 @@ def page(data: dict, plots: list[str]) -> str:
         "",
         *table(data),
         "",
+        *_remarks(data),
     ]
     return "\n".join(parts)
+
+
+def _remarks(data: dict) -> list[str]:
+    """What bench.device found beside its rows: the verdicts of its tests, and what it did not measure."""
+    tests = [
+        f"- tests on {name}: {found['verdict']} {found['counts']}" for name, found in data.get("tests", {}).items()
+    ]
+    failed = [f"- {row['entry']}: {(row['error'].splitlines() or [''])[0][:300]}" for row in data.get("failed", [])]
+    left_out = [f"- {name}: out of time" for name in data.get("left_out", [])]
+    found = [*tests, *failed, *left_out]
+    return ["## Beside the rows", "", *found, ""] if found else []
 
 
 def write(path: Path, folder: Path) -> list[Path]:

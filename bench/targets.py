@@ -88,7 +88,7 @@ def _over(peer: str, device: str, direction: str, dtype: str, *, lengths=range(1
     return find
 
 
-def _decode_share(device: str, *, longest_cache_only: bool = True, smallest_batch: int = 1):
+def _decode_share(device: str, *, longest_cache_only: bool = True, smallest_batch: int = 1, backend: str | None = None):
     def find(rows: Rows) -> list[tuple[float, str]]:
         return [
             (row["ours"]["share_of_ceiling"], row["case"])
@@ -97,6 +97,7 @@ def _decode_share(device: str, *, longest_cache_only: bool = True, smallest_batc
             and row["shape"][0] >= smallest_batch
             and row["shape"][3] == row["shape"][4]  # multi-head: bandwidth, not arithmetic, is the bound
             and (not longest_cache_only or row["shape"][2] >= 32768)
+            and (backend is None or row["backend"] == backend)
         ]
 
     return find
@@ -114,9 +115,9 @@ def _pruning(rows: Rows) -> list[tuple[float, str]]:
     return [(row["peers"]["unpruned"]["ratio"], row["case"]) for row in rows if row.get("study") == "pruning"]
 
 
-def _norm_share(device: str, direction: str):
+def _norm_share(device: str, direction: str, **facts):
     def find(rows: Rows) -> list[tuple[float, str]]:
-        found = _rows(rows, device, direction, op="clip_qk_layernorm")
+        found = _rows(rows, device, direction, op="clip_qk_layernorm", **facts)
         return [(row["ours"]["share_of_ceiling"], f"{row['case']} {row['dtype']}") for row in found]
 
     return find
@@ -244,13 +245,15 @@ GPU_TARGETS = (
     ),
     Target(
         "GPU, B >= 32",
-        "decode",
-        "read bandwidth",
+        "decode, cuda",
+        "copy bandwidth",
         0.85,
-        _decode_share("gpu", longest_cache_only=False, smallest_batch=32),
+        _decode_share("gpu", longest_cache_only=False, smallest_batch=32, backend="cuda"),
     ),
-    Target("GPU", "clip + QK LayerNorm forward", "copy bandwidth", 0.9, _norm_share("gpu", "forward")),
-    Target("GPU", "clip + QK LayerNorm backward", "copy bandwidth", 0.85, _norm_share("gpu", "backward")),
+    Target("GPU", "clip + QK LN forward, cuda", "copy bandwidth", 0.9, _norm_share("gpu", "forward", backend="cuda")),
+    Target(
+        "GPU", "clip + QK LN backward, cuda", "copy bandwidth", 0.85, _norm_share("gpu", "backward", backend="cuda")
+    ),
 )
 
 

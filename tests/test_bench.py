@@ -100,6 +100,33 @@ def test_a_wrong_result_is_never_timed(monkeypatch):
         measure.attention(bench)
 
 
+@pytest.mark.parametrize("wrong", ["y", "dx", "dweight"])
+def test_a_wrong_norm_is_never_timed(monkeypatch, wrong):
+    case = cases.make_norm("multi-query-2048", 100)
+    for direction in ("forward", "backward"):
+        measure.norm(case, direction=direction)
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, t):
+            return t * 1.001 if wrong == "y" else t.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.001
+
+    right = gate.clip_qk_layernorm
+
+    def operator(qkv, q_width, k_width, clip, q_weight, *rest, **options):
+        q_weight = Wrong.apply(q_weight) if wrong == "dweight" else q_weight
+        q, k, v = right(Wrong.apply(qkv) if wrong == "dx" else qkv, q_width, k_width, clip, q_weight, *rest, **options)
+        return (Wrong.apply(q) if wrong == "y" else q), k, v
+
+    monkeypatch.setattr(gate, "clip_qk_layernorm", operator)
+    with pytest.raises(gate.WrongResult, match=f"q: {wrong} is off"):
+        measure.norm(case, direction="backward")
+
+
 def test_shortened_cases_keep_the_form():
     bench = cases.make("mpt-30b", 4096, mask="padded", batch=3)
     small = gate.shortened(bench).case
