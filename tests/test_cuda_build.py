@@ -1,5 +1,6 @@
 """The CUDA part of the built library, on machines with and without a GPU: what it says, and what it refuses."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -55,8 +56,42 @@ def test_build_info_lists_what_was_compiled():
 
 
 @pytest.mark.skipif(not BUILT, reason="built without nvcc")
-def test_main_attention_kernels_do_not_spill():
+def test_a_cpu_tensor_that_leads_cuda_ones_is_named():
+    """The dispatcher sends a call to the CUDA kernels when any tensor is there."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    q = torch.zeros(1, 2, 1, 8, dtype=torch.bfloat16)
+    operators = torch.ops.internvl
+    with pytest.raises(ValueError, match="prefix_attn: q is not on a CUDA device; other arguments are"):
+        operators.prefix_attn.default.redispatch(keys, q, q, q)
+    with pytest.raises(ValueError, match="clip_qk_layernorm: qkv is not on a CUDA device"):
+        operators.clip_qk_layernorm.default.redispatch(keys, q, 4, 2, None, None, None, None, None, 1e-5)
+
+
+@pytest.mark.skipif(not BUILT, reason="built without nvcc")
+def test_no_kernel_spills():
     report = subprocess.run([sys.executable, ROOT / ".ci/cuda_resources.py"], capture_output=True, text=True)
     assert report.returncode == 0, report.stderr
     for kernel in ("prefix_attn_fwd_kernel", "prefix_attn_decode_kernel"):
         assert kernel in report.stdout
+
+
+def resources():
+    """.ci/cuda_resources.py as a module."""
+    spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / ".ci/cuda_resources.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ("clip_qk_layernorm_bwd_kernel", "prefix_attn_fwd_kernel", "bwd_rows_kernel"))
+@pytest.mark.parametrize("text", ("STL [R1+0x8], R5", "@!P0 LDL.64 R4, [R1]"))
+def test_the_report_fails_on_one_spill_of_any_kernel(name, text):
+    clean = [(0, "MOV R1, c[0x0][0x28]"), (16, "LDG.E R2, [R4.64]"), (32, "EXIT")]
+    assert resources().failures_of("sm_80", name, 32, clean) == []
+    found = resources().failures_of("sm_80", name, 32, [*clean, (48, text)])
+    assert found == [f"{name} on sm_80: 1 loads and stores of spilled registers"]
+
+
+def test_the_report_looks_at_hopper_products():
+    found = resources().failures_of("sm_90a", "prefix_attn_fwd_kernel", 168, [(0, "EXIT")])
+    assert len(found) == 2 and "wgmma" in found[0] and "setmaxnreg" in found[1]

@@ -11,6 +11,7 @@ from internvl_kernels import reference
 from internvl_kernels.testing import layernorm_bounds
 
 DEVICE = {"multiprocessors": 2, "compute_capability": 80, "max_shared_bytes": 163 * 1024}
+LITTLE_SHARED = DEVICE | {"compute_capability": 86, "max_shared_bytes": 99 * 1024}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
 
@@ -22,7 +23,20 @@ def name_of(dtype):
 class Call:
     """One fused projection and its gradients, in memory whose gaps must not be touched."""
 
-    def __init__(self, rows, q_width, k_width, dtype, *, clip=None, parameters="qkb", parameter_dtype=None, pad=0):
+    def __init__(
+        self,
+        rows,
+        q_width,
+        k_width,
+        dtype,
+        *,
+        clip=None,
+        parameters="qkb",
+        parameter_dtype=None,
+        pad=0,
+        device=DEVICE,
+    ):
+        self.device = device
         self.rows, self.q_width, self.k_width, self.clip = rows, q_width, k_width, clip
         self.dtype, self.parameter_dtype = dtype, parameter_dtype or dtype
         width = q_width + 2 * k_width
@@ -60,7 +74,7 @@ class Call:
         results = {name: session.output(name, self.rows, width, dtype=self.dtype) for name, width in shapes.items()}
         results["statistics"] = session.output("statistics", self.rows, 4)
         arguments = self.arguments(session) | {name: tensor.data_ptr() for name, tensor in results.items()}
-        session.check(machine.clip_qk_layernorm_fwd(arguments, DEVICE))
+        session.check(machine.clip_qk_layernorm_fwd(arguments, self.device))
         self.session = session
         return results
 
@@ -75,9 +89,9 @@ class Call:
         for name, parameter in self.parameters.items():
             results[f"d{name}"] = session.output(f"d{name}", parameter.numel())
         arguments |= {name: tensor.data_ptr() for name, tensor in results.items()}
-        size = machine.clip_qk_layernorm_bwd_workspace_bytes(arguments, DEVICE)
+        size = machine.clip_qk_layernorm_bwd_workspace_bytes(arguments, self.device)
         workspace = session.workspace("workspace", size).data_ptr() if size else 0
-        session.check(machine.clip_qk_layernorm_bwd(arguments, DEVICE, workspace))
+        session.check(machine.clip_qk_layernorm_bwd(arguments, self.device, workspace))
         self.session = session
         return results
 
@@ -141,12 +155,30 @@ def test_against_float64(q_width, k_width, dtype):
         Call(5, q_width, k_width, dtype, clip=clip, parameter_dtype=parameter_dtype).run()
 
 
-@pytest.mark.parametrize(
-    "dtype,width", ((torch.bfloat16, 8200), (torch.float32, 8200), (torch.float16, 16392)), ids=str
+# Of the backward: dtype, width, and the stages of a block with 163 and with 99 KiB of shared memory (0: none at all).
+WIDE = (
+    (torch.bfloat16, 8192, 2, 2),
+    (torch.bfloat16, 8200, 2, 1),
+    (torch.float16, 8201, 2, 1),
+    (torch.bfloat16, 16384, 2, 1),
+    (torch.float16, 16392, 0, 0),
+    (torch.float32, 8192, 2, 1),
+    (torch.float32, 8201, 1, 0),
+    (torch.float32, 16384, 1, 0),
 )
-def test_wide_rows(width, dtype):
-    """32 columns a thread, and rows longer than a block holds."""
-    Call(3, width, 16, dtype, clip=1.5, parameter_dtype=torch.float32).run()
+
+
+@pytest.mark.parametrize("device", (DEVICE, LITTLE_SHARED), ids=("163KiB", "99KiB"))
+@pytest.mark.parametrize("dtype,width,stages,few_stages", WIDE, ids=lambda value: str(value).removeprefix("torch."))
+def test_wide_rows(dtype, width, stages, few_stages, device):
+    """16 and 32 columns a thread, one row ahead or none, and rows that a block does not hold."""
+    call = Call(4, width, 16, dtype, clip=1.5, parameter_dtype=torch.float32, device=device)
+    call.run()
+    kernel = call.session.kernels()["clip_qk_layernorm_bwd"]
+    assert kernel["threads"] == 512
+    row_bytes = 2 * 512 * (16 if width <= 8192 else 32) * dtype.itemsize  # x and dy
+    assert kernel["shared_bytes"] == 256 + (stages if device is DEVICE else few_stages) * row_bytes
+    assert kernel["shared_bytes"] <= device["max_shared_bytes"]
 
 
 @pytest.mark.parametrize("pad", (1, 8))

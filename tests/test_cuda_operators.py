@@ -20,7 +20,7 @@ from internvl_kernels.testing import (
 
 DTYPES = ("bfloat16", "float16")
 STRUCTURED = structured_cases()
-FP16_HEAD_DIM = 64  # the largest fp16 instance that the emulator is built with
+FP16_HEAD_DIM = 128  # the largest fp16 instance that the emulator is built with
 
 
 @functools.lru_cache(maxsize=4)
@@ -60,6 +60,12 @@ def test_structured_cases_in_the_other_dtype(name):
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 200, 256])
 def test_head_dims(head_dim):
     check(dataclasses.replace(STRUCTURED["alibi-prefix"], dtype="bfloat16", head_dim=head_dim), seed=head_dim)
+
+
+@pytest.mark.parametrize("name", ["alibi-prefix", "decode-grouped", "segments-flags"])
+def test_fp16_at_another_head_dim(name):
+    """Forward, decoding and backward."""
+    check(dataclasses.replace(STRUCTURED[name], dtype="float16", head_dim=FP16_HEAD_DIM))
 
 
 def random_16_bit_case(seed):

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 SMALL = Case(seqlen_q=96, seqlen_k=160, heads_q=2, heads_kv=1, head_dim=64, dtype="bfloat16")
 STRUCTURED = testing.structured_cases()
+LITTLE_SHARED = attention.Device(46, 86, 99 * 1024)
 
 
 def vary(**changes):
@@ -27,10 +28,13 @@ def test_structured(name):
     assert attention.backward_problems(case, seed=case.seed) == []
 
 
-@pytest.mark.parametrize("head_dim", (1, 8, 20, 64, 72, 96, 100, 128, 136, 256))
-def test_head_dims(head_dim):
+HEAD_DIMS = (1, 8, 20, 64, 72, 96, 100, 128, 136, 256)
+
+
+@pytest.mark.parametrize("head_dim,dtype", [(d, "bfloat16") for d in HEAD_DIMS] + [(d, "float16") for d in (100, 128)])
+def test_head_dims(head_dim, dtype):
     """Every tile size, whole and padded; at 256 two warps share their keys."""
-    case = vary(head_dim=head_dim, alibi="mpt", prefix_len=(30,), seqlen_q=70, seqlen_k=140)
+    case = vary(head_dim=head_dim, dtype=dtype, alibi="mpt", prefix_len=(30,), seqlen_q=70, seqlen_k=140)
     assert attention.backward_problems(case, seed=head_dim) == []
 
 
@@ -38,6 +42,39 @@ def test_head_dims(head_dim):
 @pytest.mark.parametrize("head_dim", (128, 256))
 def test_general_masks_of_wide_heads(head_dim, key_flags, segments, window):
     case = vary(head_dim=head_dim, key_flags=key_flags, segments=segments, window=window, alibi="random")
+    assert attention.backward_problems(case) == []
+
+
+@pytest.mark.parametrize("head_dim,key_flags", ((64, None), (96, None), (100, "holes"), (128, None)))
+def test_devices_with_less_shared_memory(head_dim, key_flags):
+    """8.6, 8.9 and 12.0: at head dims up to 128 with other tiles."""
+    case = vary(head_dim=head_dim, alibi="mpt", seqlen_q=150, seqlen_k=200, key_flags=key_flags)
+    inputs = testing.build(case)
+    assert attention.backward_problems(case, inputs, device=LITTLE_SHARED, prune=head_dim != 128) == []
+    _, session = attention.backward(
+        inputs, *attention.saved(inputs, testing.oracle(inputs, None)), device=LITTLE_SHARED
+    )
+    assert all(kernel["shared_bytes"] <= LITTLE_SHARED.max_shared_bytes for kernel in session.kernels().values())
+
+
+def test_too_little_shared_memory_is_refused():
+    inputs = testing.build(vary(head_dim=256))
+    saved = attention.saved(inputs, testing.oracle(inputs, None))
+    with pytest.raises(EmulatorError, match=r"needs 139840 bytes of shared memory; the device allows 101376.*triton"):
+        attention.backward(inputs, *saved, device=LITTLE_SHARED)
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_offsets_beyond_int32(dim):
+    inputs = testing.build(vary(batch=2, seqlen_q=2, seqlen_k=2, alibi="mpt"))
+    saved = attention.saved(inputs, testing.oracle(inputs, None))
+    near, far = (attention.backward(each, *saved)[0] for each in (inputs, attention.spread(inputs, dim)))
+    assert all(torch.equal(near[name], far[name]) for name in near)
+
+
+@pytest.mark.slow
+def test_more_sequences_than_a_grid_has_rows():
+    case = vary(batch=66000, seqlen_q=1, seqlen_k=1, heads_q=1, head_dim=8, segments="own")
     assert attention.backward_problems(case) == []
 
 
@@ -115,7 +152,7 @@ def test_sums_that_truncate():
 @pytest.mark.parametrize("seed", range(16))
 def test_random(seed):
     case = testing.random_case(seed + 9000)
-    case = dataclasses.replace(case, dtype="bfloat16" if seed % 2 or case.head_dim > 64 else "float16")
+    case = dataclasses.replace(case, dtype="bfloat16" if seed % 2 or case.head_dim > 128 else "float16")
     if case.batch * case.heads_q * case.seqlen_q * case.seqlen_k > 100_000:
         case = dataclasses.replace(case, heads_q=case.heads_kv, seqlen_q=min(case.seqlen_q, 100))
     assert attention.backward_problems(case, seed=seed, sum_order=seed) == []

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> clip_qk_layernorm(
     Tensor qkv, int64_t q_width, int64_t k_width, std::optional<double> clip,
     OptionalTensor q_weight, OptionalTensor q_bias, OptionalTensor k_weight, OptionalTensor k_bias,
     double eps) {
-  Call call(qkv);
+  Call call("clip_qk_layernorm: qkv", qkv);
   ClipQkLayernormTensors tensors{qkv, q_weight, q_bias, k_weight, k_bias};
   ClipQkLayernormParams params = check_clip_qk_layernorm(tensors, q_width, k_width, clip, eps);
   const auto outputs = new_clip_qk_layernorm_outputs(qkv, &params);
@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clip_qk_layernorm_backward(
     OptionalTensor grad_q, OptionalTensor grad_k, OptionalTensor grad_v, Tensor qkv,
     int64_t q_width, int64_t k_width, std::optional<double> clip, OptionalTensor q_weight,
     OptionalTensor k_weight, Tensor statistics) {
-  Call call(qkv);
+  Call call("clip_qk_layernorm: qkv", qkv);
   ClipQkLayernormTensors tensors{qkv, q_weight, std::nullopt, k_weight, std::nullopt};
   ClipQkLayernormParams params = check_clip_qk_layernorm(tensors, q_width, k_width, clip, 0.0);
   ClipQkLayernormBackwardCall backward(tensors, grad_q, grad_k, grad_v, statistics, &params);

@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> prefix_attn(Tensor q, Tensor k, Tensor v, OptionalTen
                                        OptionalTensor key_flags, OptionalTensor segment_ids,
                                        OptionalTensor alibi_slopes,
                                        std::optional<double> softmax_scale, int64_t window) {
-  Call call(q);
+  Call call("prefix_attn: q", q);
   PrefixAttnTensors tensors{q,           k,         v,           prefix_len,  key_range,
                             query_start, key_flags, segment_ids, alibi_slopes};
   PrefixAttnParams params = check_prefix_attn(tensors, softmax_scale, window);
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_attn_backward(
     OptionalTensor prefix_len, OptionalTensor key_range, OptionalTensor query_start,
     OptionalTensor key_flags, OptionalTensor segment_ids, OptionalTensor alibi_slopes,
     std::optional<double> softmax_scale, int64_t window) {
-  Call call(q);
+  Call call("prefix_attn: q", q);
   PrefixAttnTensors tensors{q,           k,         v,           prefix_len,  key_range,
                             query_start, key_flags, segment_ids, alibi_slopes};
   PrefixAttnParams params = check_prefix_attn(tensors, softmax_scale, window);

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <stdexcept>
+#include <string>
 
 #include "common/outputs.h"
 #include "cuda/device.h"
@@ -36,10 +37,19 @@ inline void* current_stream(int device) {
   return stream;
 }
 
+// The dispatcher comes here when any tensor is on a CUDA device; `name` names the one that leads.
+inline int cuda_index(const char* name, const Tensor& tensor) {
+  if (!tensor.is_cuda())
+    throw std::invalid_argument(std::string(name) +
+                                " is not on a CUDA device; other arguments are");
+  return tensor.get_device_index();
+}
+
 // The device of `like` made current, what launches need to know of it, and its stream.
 class Call {
  public:
-  explicit Call(const Tensor& like) : like_(like), index_(like.get_device_index()), guard_(index_) {
+  Call(const char* name, const Tensor& like)
+      : like_(like), index_(cuda_index(name, like)), guard_(index_) {
     raise(use_device(index_, &device_));
     stream_ = current_stream(index_);
   }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +93,21 @@ def backward(
     workspace = session.workspace("workspace", machine.prefix_attn_bwd_workspace_bytes(call, device))
     session.check(machine.prefix_attn_bwd(call, device, workspace.data_ptr() if workspace.numel() else 0))
     return results, session
+
+
+def spread(inputs: Inputs, dim: int) -> Inputs:
+    """The same q, k, v and grad_out with more than 2^31 elements between their rows, or batch rows: offsets that no 32
+    bits hold, in memory that is mapped lazily. Shapes of at most 2 there."""
+    stride = 2**31 + 64
+    base = torch.frombuffer(mmap.mmap(-1, 4 * stride), dtype=inputs.q.dtype)
+    moved = {}
+    for i, name in enumerate(("q", "k", "v", "grad_out")):
+        tensor = getattr(inputs, name)
+        strides = list(torch.empty(tensor.shape).stride())
+        strides[dim] = stride
+        moved[name] = base.as_strided(tensor.shape, strides, i * stride // 8 // 64 * 64)
+        moved[name].copy_(tensor)
+    return dataclasses.replace(inputs, **moved)
 
 
 def saved(inputs: Inputs, truth: testing.bounds.Results) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,10 @@
 // and writes them once, to its worker's row of plan.sums; norm_reduce_kernel adds the workers up in
 // order. The next row's x and dy arrive by cp.async while this one is worked on: each thread reads
 // only what it copied itself, so no barrier is needed for them. Shared memory: 256 bytes for the
-// sums across warps, then per team 2 stages x {x, dy} x [kVectors][team] vectors of 16 bytes: 8 *
-// width bytes for 16-bit rows. kVectors = 0: rows too long for that; read from memory each time,
-// sums kept in plan.sums.
+// sums across warps, then per team plan.stages x {x, dy} x [kVectors][team] vectors of 16 bytes: 8
+// * width bytes for 16-bit rows and two stages. With one stage (rows of which two do not fit) the
+// next row starts when this one was read for the last time. kVectors = 0: rows too long for that;
+// read from memory each time, sums kept in plan.sums.
 #pragma once
 
 #include "cuda/ptx/cp_async.cuh"
@@ -94,24 +95,40 @@ INTERNVL_PTX_FN void copy_gradients(const ClipQkLayernormParams& params, const N
   }
 }
 
-// The two stages of a thread's own vectors of x and dy.
-template <class T, int kVectors>
+// The stages of a thread's own vectors of x and dy. kTeam: known when compiling; 0: when launched.
+template <class T, int kVectors, int kTeam>
 class NormRows {
  public:
   INTERNVL_PTX_FN NormRows(const NormPart<T>& part, uint32_t shared, int lane, int team,
                            bool aligned)
-      : part_(part), shared_(shared + 16 * lane), lane_(lane), team_(team), aligned_(aligned) {}
+      : part_(part),
+        shared_(shared + 16 * lane),
+        lane_(lane),
+        team_(kTeam ? kTeam : team),
+        aligned_(aligned) {}
 
   INTERNVL_PTX_FN int64_t column(int j) const {
-    return (int64_t{j} * team_ + lane_) * kVectorElements<T>;
+    return j * team_ * kVectorElements<T> + lane_ * kVectorElements<T>;
   }
 
   INTERNVL_PTX_FN void fetch(int64_t r, int stage) const {
-    INTERNVL_UNROLL
-    for (int j = 0; j < kVectors; ++j) {
+    for_each_vector([&](int j) {
       const int64_t d = column(j);
       copy(address(stage, 0, j), part_.x + r * part_.x_stride, d);
       if (part_.dy) copy(address(stage, 1, j), part_.dy + r * part_.dy_stride, d);
+    });
+  }
+
+  // Calls step(j) for the thread's vectors: one copy of the code each, or one for all where sums
+  // take half of the registers.
+  template <class Step>
+  INTERNVL_PTX_FN void for_each_vector(Step step) const {
+    if constexpr (kTeam == 0) {
+      INTERNVL_UNROLL
+      for (int j = 0; j < kVectors; ++j) step(j);
+    } else {
+      INTERNVL_NO_UNROLL
+      for (int j = 0; j < kVectors; ++j) step(j);
     }
   }
 
@@ -153,20 +170,22 @@ INTERNVL_PTX_FN void store_sums(float* sums, const float (&x)[kElements], int64_
 }
 
 // All rows of a worker; its parameter gradients go to sums [2][width].
-template <class T, int kVectors>
+template <class T, int kVectors, int kTeam>
 INTERNVL_PTX_FN void norm_rows_backward(const ClipQkLayernormParams& params,
                                         const NormPart<T>& part, int64_t worker, int64_t workers,
-                                        int lane, int team, bool aligned, uint32_t shared,
-                                        TeamSum& sum, float* sums) {
+                                        int lane, const NormPlan& plan, bool aligned,
+                                        uint32_t shared, TeamSum& sum, float* sums) {
   constexpr int kElements = kVectorElements<T>;
   const float scale = 1.0f / static_cast<float>(part.width);
-  const NormRows<T, kVectors> rows(part, shared, lane, team, aligned);
+  const NormRows<T, kVectors, kTeam> rows(part, shared, lane, plan.team, aligned);
+  const int other = plan.stages - 1;  // which stage the next row is on its way to: stage ^ other
   float dweight[kVectors][kElements] = {}, dbias[kVectors][kElements] = {};
   if (worker < params.rows) rows.fetch(worker, 0);
   ptx::cp_async_commit_group();
   int stage = 0;
-  for (int64_t r = worker; r < params.rows; r += workers, stage ^= 1) {
-    if (r + workers < params.rows) rows.fetch(r + workers, stage ^ 1);
+  for (int64_t r = worker; r < params.rows; r += workers, stage ^= other) {
+    const bool more = r + workers < params.rows;
+    if (more && other == 1) rows.fetch(r + workers, stage ^ 1);
     ptx::cp_async_commit_group();
     const float mean = ptx::ld_global_nc(part.statistics + 4 * r);  // of any float's address
     const float inverse_std = ptx::ld_global_nc(part.statistics + 4 * r + 1);
@@ -192,8 +211,7 @@ INTERNVL_PTX_FN void norm_rows_backward(const ClipQkLayernormParams& params,
     }
     const float mean_grad = sum(total) * scale;
     const float mean_dot = sum(dot) * scale;
-    INTERNVL_UNROLL
-    for (int j = 0; j < kVectors; ++j) {
+    rows.for_each_vector([&](int j) {
       float x[kElements], dy[kElements], w[kElements];
       rows.read_x(x, stage, j);
       rows.read_dy(dy, stage, j);
@@ -204,7 +222,9 @@ INTERNVL_PTX_FN void norm_rows_backward(const ClipQkLayernormParams& params,
         return (dy[e] * w[e] - mean_grad - normal * mean_dot) * inverse_std;
       });
       store_vector(part.dx + r * part.dx_stride, rows.column(j), part.width, aligned, dx);
-    }
+    });
+    if (more && other == 0) rows.fetch(r + workers, 0);
+    ptx::cp_async_commit_group();
   }
   INTERNVL_UNROLL
   for (int j = 0; j < kVectors; ++j) {
@@ -265,11 +285,12 @@ INTERNVL_PTX_FN void long_rows_backward(const ClipQkLayernormParams& params,
   }
 }
 
-template <class T, int kVectors, bool kAligned>
-__global__ __launch_bounds__(kBwdMaxTeam) void clip_qk_layernorm_bwd_kernel(
+template <class T, int kVectors, int kTeam, bool kAligned>
+__global__ __launch_bounds__(kBwdMaxTeam, 1) void clip_qk_layernorm_bwd_kernel(
     const ClipQkLayernormParams params, const ClipQkLayernormGrads grads, const NormPlan plan) {
-  const int lane = static_cast<int>(threadIdx.x) % plan.team;
-  const int slot = static_cast<int>(threadIdx.x) / plan.team;
+  // A team that fills the block: what depends on the block alone needs no registers of the threads.
+  const int lane = static_cast<int>(threadIdx.x) % (kTeam ? kTeam : plan.team);
+  const int slot = kTeam ? 0 : static_cast<int>(threadIdx.x) / plan.team;
   // The first blocks belong to q, the next ones to k, the rest to v.
   int64_t worker = int64_t{blockIdx.x} * plan.teams + slot;
   int which = 0;
@@ -294,9 +315,10 @@ __global__ __launch_bounds__(kBwdMaxTeam) void clip_qk_layernorm_bwd_kernel(
   if constexpr (kVectors == 0) {
     long_rows_backward(params, part, worker, workers, lane, plan.team, kAligned, sum, sums);
   } else {
-    const uint32_t own = shared + kNormSumsBytes + slot * 2 * norm_stage_bytes(plan.team, kVectors);
-    norm_rows_backward<T, kVectors>(params, part, worker, workers, lane, plan.team, kAligned, own,
-                                    sum, sums);
+    const uint32_t own =
+        shared + kNormSumsBytes + slot * plan.stages * norm_stage_bytes(plan.team, kVectors);
+    norm_rows_backward<T, kVectors, kTeam>(params, part, worker, workers, lane, plan, kAligned, own,
+                                           sum, sums);
   }
 }
 

@@ -75,23 +75,28 @@ LaunchStatus fwd_for(const ClipQkLayernormParams& params, void* stream) {
   return ptx::launch(kernel, config, params, plan);
 }
 
-// 16 columns a thread, or 32 when a block has no more threads; 0: longer than that.
-int bwd_vectors(const ClipQkLayernormParams& params) {
-  const int few = element_bytes(params.dtype);  // vectors of 16 columns
-  if (rows_fit(params, int64_t{few} * kBwdMaxTeam)) return few;
-  return rows_fit(params, int64_t{2 * few} * kBwdMaxTeam) ? 2 * few : 0;
+int bwd_shared_bytes(const NormPlan& plan, int vectors) {
+  return kNormSumsBytes + plan.teams * plan.stages * norm_stage_bytes(plan.team, vectors);
 }
 
-int bwd_shared_bytes(const NormPlan& plan, int vectors) {
-  return kNormSumsBytes + plan.teams * 2 * norm_stage_bytes(plan.team, vectors);
+// Vectors of a thread: 16 columns, or 32 when a block has no more threads; 0: rows that are longer
+// than that, or of which shared memory does not hold one.
+int bwd_vectors(const ClipQkLayernormParams& params, NormPlan plan, const DeviceInfo& device) {
+  const int few = element_bytes(params.dtype);
+  const int vectors = rows_fit(params, int64_t{few} * kBwdMaxTeam)       ? few
+                      : rows_fit(params, int64_t{2 * few} * kBwdMaxTeam) ? 2 * few
+                                                                         : 0;
+  plan.stages = 1;
+  return bwd_shared_bytes(plan, vectors) <= device.max_shared_bytes ? vectors : 0;
 }
 
 // As many blocks as the device holds at once, dealt out by the width of the parts.
 NormPlan bwd_plan(const ClipQkLayernormParams& params, const ClipQkLayernormGrads& grads,
                   const DeviceInfo& device) {
   const int bytes = element_bytes(params.dtype);
-  const int vectors = bwd_vectors(params);
-  NormPlan plan = norm_plan(params, std::max(vectors, 1), kBwdMaxTeam);
+  NormPlan plan = norm_plan(params, bytes, kBwdMaxTeam);
+  const int vectors = plan.vectors = bwd_vectors(params, plan, device);
+  if (bwd_shared_bytes(plan, vectors) > device.max_shared_bytes) plan.stages = 1;
   const int resident =
       std::max(1, std::min(kBwdThreads / (plan.team * plan.teams),
                            device.max_shared_bytes / bwd_shared_bytes(plan, vectors)));
@@ -121,19 +126,19 @@ NormPlan bwd_plan(const ClipQkLayernormParams& params, const ClipQkLayernormGrad
 template <class T>
 LaunchStatus bwd_for(const ClipQkLayernormParams& params, const ClipQkLayernormGrads& grads,
                      const NormPlan& plan, void* stream) {
-  const int vectors = bwd_vectors(params);
   const int workers = plan.q_workers + plan.k_workers + plan.v_workers;
   const ptx::LaunchConfig config{"clip_qk_layernorm_bwd",
                                  {static_cast<unsigned>(workers / plan.teams), 1, 1},
                                  plan.team * plan.teams,
-                                 bwd_shared_bytes(plan, vectors),
+                                 bwd_shared_bytes(plan, plan.vectors),
                                  stream};
   constexpr int kFew = static_cast<int>(sizeof(T));
   const auto choose = [&](auto aligned) {
     constexpr bool kAligned = decltype(aligned)::value;
-    return vectors == kFew       ? clip_qk_layernorm_bwd_kernel<T, kFew, kAligned>
-           : vectors == 2 * kFew ? clip_qk_layernorm_bwd_kernel<T, 2 * kFew, kAligned>
-                                 : clip_qk_layernorm_bwd_kernel<T, 0, kAligned>;
+    return plan.vectors == kFew ? clip_qk_layernorm_bwd_kernel<T, kFew, 0, kAligned>
+           : plan.vectors == 2 * kFew
+               ? clip_qk_layernorm_bwd_kernel<T, 2 * kFew, kBwdMaxTeam, kAligned>
+               : clip_qk_layernorm_bwd_kernel<T, 0, 0, kAligned>;
   };
   const auto kernel = plan.aligned ? choose(std::true_type{}) : choose(std::false_type{});
   return ptx::launch(kernel, config, params, grads, plan);

@@ -25,6 +25,8 @@ struct NormPlan {
   int team = kWarp;     // threads of a row
   int teams = 1;        // rows a block works on at once; more than 1 only with teams of one warp
   bool aligned = true;  // 16-byte accesses are possible everywhere
+  int vectors = 0;      // backward: of a thread, 0: read from memory
+  int stages = 2;       // backward: rows of a team in shared memory, the next one included
   int q_workers = 0;    // backward: teams of each part
   int k_workers = 0;
   int v_workers = 0;

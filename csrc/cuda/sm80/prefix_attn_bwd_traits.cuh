@@ -27,7 +27,11 @@ using tile::warp_bits;
 // compute the scores of their part of the queries, exchange P and dS, and own a part of the columns
 // of dK and dV. In kernel_q they each take a part of the keys; their dQ are added up at the end.
 // kStep: columns of a score tile a warp works on at a time.
-template <int kHeadDim>
+//
+// kSmall: for devices whose blocks have 99 KiB of shared memory (8.6, 8.9, 12.0), where the usual
+// tiles do not fit: shorter streamed tiles. Their tensor cores take at least twice the cycles of
+// 8.0's per product, so that kernel_q need not share fragments between row tiles.
+template <int kHeadDim, bool kSmall = false>
 struct BwdTiles;
 
 template <>
@@ -49,15 +53,20 @@ struct BwdTiles<128> {
 };
 
 template <>
+struct BwdTiles<128, true> : BwdTiles<128> {
+  static constexpr int kBlockM = 32, kBlockKeys = 32, kQRowTiles = 1, kQSplit = 1, kQStep = 32;
+};
+
+template <>
 struct BwdTiles<256> {
   static constexpr int kBlockM = 32, kBlockN = 64, kRowTiles = 1, kSplit = 2, kStep = 16;
   static constexpr int kBlockRows = 64, kBlockKeys = 32, kQRowTiles = 1, kQSplit = 2, kQStep = 16;
 };
 
-template <class T, int kHeadDimValue>
-struct BwdTraits : BwdTiles<kHeadDimValue> {
+template <class T, int kHeadDimValue, bool kSmall = false>
+struct BwdTraits : BwdTiles<kHeadDimValue, kSmall> {
   using Element = T;
-  using Tiles = BwdTiles<kHeadDimValue>;
+  using Tiles = BwdTiles<kHeadDimValue, kSmall>;
   using Layout = tile::Swizzle<kHeadDimValue>;
   static constexpr int kHeadDim = kHeadDimValue;
   static constexpr int kPitchBytes = Layout::kPitchBytes;

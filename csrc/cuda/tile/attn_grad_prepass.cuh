@@ -5,7 +5,7 @@
 //   whole blocks; rows without a visible key get lse = +inf, so that their P vanishes), and what
 //   the pruning rule needs of each query tile. Grid: x = (b, head, tile of kBlockM rows); 8 lanes a
 //   row.
-// bwd_segments_kernel: smallest and largest segment of each query tile. Grid: x = tile, y = b.
+// bwd_segments_kernel: smallest and largest segment of each query tile. Grid: x = (b, tile).
 // bwd_slopes_kernel: dalibi_slopes from the blocks' sums, in a fixed order. Grid: x = head.
 #pragma once
 
@@ -45,13 +45,14 @@ struct BwdRowsShared {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(kRowThreads) bwd_rows_kernel(const BwdArgs args) {
+__global__ void __launch_bounds__(kRowThreads, 4) bwd_rows_kernel(const BwdArgs args) {
   using T = typename Traits::Element;
   constexpr int kBlockM = Traits::kBlockM;
   const PrefixAttnParams& params = args.params;
-  const int64_t tiles = args.padded_rows / kBlockM;
+  const uint32_t tiles = static_cast<uint32_t>(args.padded_rows / kBlockM);
+  const uint32_t heads = static_cast<uint32_t>(params.heads_q);
   const int64_t head = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-  const int64_t b = head / params.heads_q, h = head % params.heads_q;
+  const int64_t b = blockIdx.x / tiles / heads, h = blockIdx.x / tiles % heads;
   const int lane = static_cast<int>(threadIdx.x) % kRowLanes;
   const bool whole = params.head_dim % 8 == 0;  // no chunk of a row is cut off
   float q_norm = 0.0f, lowest = INFINITY;
@@ -111,7 +112,8 @@ __global__ void __launch_bounds__(kRowThreads) bwd_rows_kernel(const BwdArgs arg
 template <class Traits>
 __global__ void __launch_bounds__(32) bwd_segments_kernel(const BwdArgs args) {
   constexpr int kBlockM = Traits::kBlockM;
-  const int64_t b = blockIdx.x / args.row_tiles, tile = blockIdx.x % args.row_tiles;
+  const uint32_t tiles = static_cast<uint32_t>(args.row_tiles);
+  const int64_t b = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const KeyMask mask = key_mask(args.params, {}, 0, b);
   int32_t lo = INT32_MAX, not_hi = INT32_MAX;  // ~x turns the largest into the smallest
   bool any_inside = false, all_inside = true;

@@ -78,6 +78,8 @@ py::dict kernels() {
   for (const auto& [name, run] : the_session.kernels) {
     py::dict entry = statistics_dict(run.statistics);
     entry["launches"] = run.launches;
+    entry["threads"] = run.threads;
+    entry["shared_bytes"] = run.shared_bytes;
     py::dict accesses;
     for (const auto& [site, at] : run.accesses)
       accesses[py::str(site)] = py::make_tuple(at.requests, at.parts, at.ideal);

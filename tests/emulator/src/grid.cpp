@@ -44,6 +44,8 @@ std::string run_grid(const GridConfig& config, const std::function<void()>& kern
   KernelRun& run = session->kernels[config.name];
   run.name = config.name;
   ++run.launches;
+  run.threads = config.threads;
+  run.shared_bytes = config.shared_bytes;
   global_memory.begin_launch();
   const MmaOrder order = mma_order(session->options);
   Block block(config, kernel, run, order);

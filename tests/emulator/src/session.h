@@ -46,6 +46,7 @@ struct SiteAccesses {
 struct KernelRun {
   std::string name;
   int64_t launches = 0;
+  int threads = 0, shared_bytes = 0;  // of a block, at the last launch
   Statistics statistics;
   std::map<std::string, SiteAccesses> accesses;      // "file:line kind"
   std::map<std::string, std::string> synchronising;  // "file:line" of barriers and waits -> kind
