@@ -40,7 +40,9 @@ def short(name):
     demangled = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip() or name
     kernel = re.search(r"(\w+_kernel)\b", demangled)
     detail = re.search(r"(Bf16|Fp16)(?:, (?:\(int\))?(\d+))?", demangled)
-    return " ".join([kernel.group(1) if kernel else demangled] + [d for d in (detail.groups() if detail else ()) if d])
+    small = ["small"] if re.search(r"BwdTraits<[^<>]*, (true|\(bool\)1)>", demangled) else []
+    details = [d for d in (detail.groups() if detail else ()) if d]
+    return " ".join([kernel.group(1) if kernel else demangled, *details, *small])
 
 
 def resources(library):

@@ -36,6 +36,8 @@ LONG = {
         seqlen_q=17000, seqlen_k=40, heads_q=1, heads_kv=1, dtype="bfloat16", query_start=(-8500,), window=30
     ),
 }
+# A decoding block without key tiles.
+NOTHING = Case(seqlen_q=1, seqlen_k=64, heads_q=1, heads_kv=1, dtype="bfloat16", key_range=((9, 9),))
 QUICK = 4  # sites that are tried in `make test`
 
 
@@ -43,7 +45,7 @@ QUICK = 4  # sites that are tried in `make test`
 def cases():
     structured = structured_cases()
     short = {name: dataclasses.replace(structured[name], dtype="bfloat16") for name in NAMES}
-    return short | LONG | {"outside": OUTSIDE}
+    return short | LONG | {"outside": OUTSIDE, "nothing": NOTHING}
 
 
 @functools.cache

@@ -187,6 +187,13 @@ def test_strided_rows(pad):
         Call(4, 48, 16, dtype, clip=1.0, pad=pad).run()
 
 
+def test_rows_that_share_memory():
+    call = Call(4, 48, 16, torch.bfloat16, clip=1.0)
+    call.qkv = call.qkv[:1].expand(4, -1)
+    call.grads["grad_q"] = call.grads["grad_q"][:1].expand(4, -1)
+    call.run()
+
+
 @pytest.mark.parametrize("parameters", ("", "q", "kb", "qk"))
 def test_without_a_norm(parameters):
     for dtype in DTYPES:

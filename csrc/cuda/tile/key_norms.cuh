@@ -54,7 +54,7 @@ INTERNVL_PTX_FN float finite_norm(float sum_of_squares) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kNormThreads) key_norm_kernel(const KeyNormPlan plan) {
+__global__ void __launch_bounds__(kNormThreads, 8) key_norm_kernel(const KeyNormPlan plan) {
   const PrefixAttnParams& params = plan.params;
   const uint32_t tiles = static_cast<uint32_t>(plan.tile_count);
   const uint32_t heads = static_cast<uint32_t>(params.heads_kv);
