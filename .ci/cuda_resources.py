@@ -5,7 +5,8 @@ usage: python .ci/cuda_resources.py [LIBRARY]        (make cuda-report)
 Reads the machine code with cuobjdump, which the Triton wheel brings; no GPU, no driver. Fails when any kernel spills a
 register (or uses the stack for anything else), and when the code of an architecture that the build asked for is
 missing. Of a main attention kernel for Hopper (sm_90a) it wants more: wgmma and tensor copies in the code, products
-that the assembler did not serialise, and setmaxnreg that it did not ignore, within the registers a block starts with.
+that the assembler did not serialise (with a forward's exponentials beside them), and setmaxnreg that it did not ignore,
+within the registers a block starts with.
 (Shared memory is dynamic: the launches assert at compile time that it stays within 227 KiB, or ask the device.)
 """
 
