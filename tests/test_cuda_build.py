@@ -95,3 +95,5 @@ def test_the_report_fails_on_one_spill_of_any_kernel(name, text):
 def test_the_report_looks_at_hopper_products():
     found = resources().failures_of("sm_90a", "prefix_attn_fwd_kernel", 168, [(0, "EXIT")])
     assert len(found) == 3 and "wgmma" in found[0] and "setmaxnreg" in found[1] and "beside" in found[2]
+    found = resources().failures_of("sm_90a", "prefix_attn_decode_kernel", 168, [(0, "EXIT")])
+    assert len(found) == 1 and "wgmma" in found[0]  # its warps keep their registers

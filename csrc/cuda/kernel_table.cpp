@@ -7,6 +7,7 @@
 #include "cuda/sm80/prefix_attn_decode.h"
 #include "cuda/sm80/prefix_attn_fwd.h"
 #include "cuda/sm90/prefix_attn_bwd.h"
+#include "cuda/sm90/prefix_attn_decode.h"
 #include "cuda/sm90/prefix_attn_fwd.h"
 
 namespace internvl {
@@ -20,6 +21,13 @@ namespace {
 
 template <class T>
 constexpr DType kDType = std::is_same_v<T, ptx::Bf16> ? DType::kBFloat16 : DType::kFloat16;
+
+// What the decode kernels serve instead of a forward: one token per sequence, or all query rows of
+// a KV head fit one tile of 64 rows. Above, rows fill the forward's tiles and there are enough of
+// them; it does not split the keys.
+bool is_decode(const PrefixAttnParams& params) {
+  return params.seqlen_q == 1 || params.seqlen_q * params.group() <= 64;
+}
 
 template <class T, int kHeadDim>
 constexpr AttnKernels sm80_row() {
@@ -35,15 +43,14 @@ constexpr AttnKernels sm80_row() {
           &sm80::prefix_attn_bwd<T, kHeadDim>};
 }
 
-// Also where a newer architecture has a forward: that one does not split the keys.
 template <class T, int kHeadDim>
-constexpr AttnKernels decode_row() {
+constexpr AttnKernels sm80_decode_row() {
   return {"sm80 decode",
           80,
           0,
           kDType<T>,
           kHeadDim,
-          &sm80::is_decode,
+          &is_decode,
           &sm80::prefix_attn_decode_workspace_bytes<T, kHeadDim>,
           &sm80::prefix_attn_decode<T, kHeadDim>,
           nullptr,
@@ -64,8 +71,24 @@ constexpr AttnKernels sm90_row() {
           &sm90::prefix_attn_bwd<T, kHeadDim>};
 }
 
-#define INTERNVL_SM80(T, head_dim) sm80_row<ptx::T, head_dim>(), decode_row<ptx::T, head_dim>(),
-#define INTERNVL_SM90(T, head_dim) sm90_row<ptx::T, head_dim>(),
+template <class T, int kHeadDim>
+constexpr AttnKernels sm90_decode_row() {
+  return {"sm90 decode",
+          90,
+          90,
+          kDType<T>,
+          kHeadDim,
+          &is_decode,
+          &sm90::prefix_attn_decode_workspace_bytes<T, kHeadDim>,
+          &sm90::prefix_attn_decode<T, kHeadDim>,
+          nullptr,
+          nullptr};
+}
+
+#define INTERNVL_SM80(T, head_dim) \
+  sm80_row<ptx::T, head_dim>(), sm80_decode_row<ptx::T, head_dim>(),
+#define INTERNVL_SM90(T, head_dim) \
+  sm90_row<ptx::T, head_dim>(), sm90_decode_row<ptx::T, head_dim>(),
 const AttnKernels kAttnKernels[] = {
 #include "kernel_rows.inc"
 };

@@ -26,6 +26,17 @@ INTERNVL_PTX_FN void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// bar_sync by the threads of a fixed barrier, for code that is shared by several.
+template <int kId, int kThreads>
+struct FixedBarrier {
+  INTERNVL_PTX_FN static void sync() {
+    if constexpr (kId == 0)
+      sync_threads();
+    else
+      bar_sync(kId, kThreads);
+  }
+};
+
 // sync_threads() that returns whether `value` held for any thread of the block: bar.red.or.
 INTERNVL_PTX_FN bool sync_threads_or(bool value) {
   uint32_t r;

@@ -8,13 +8,6 @@
 
 namespace internvl::sm80 {
 
-// The rule by which these kernels serve a call instead of prefix_attn_fwd: one token per sequence,
-// or all query rows of a KV head fit one tile of 64 rows. Above, rows fill the forward's tiles and
-// there are enough of them.
-inline bool is_decode(const PrefixAttnParams& params) {
-  return params.seqlen_q == 1 || params.seqlen_q * params.group() <= 64;
-}
-
 // Bytes of working memory of a call: besides the prepasses', 4 * splits * (kHeadDim + 2) for each
 // row of a tile, and a counter per tile.
 template <class T, int kHeadDim>

@@ -31,8 +31,8 @@ struct PrefixAttnDecode : DecodeMerge<Traits> {
   using Element = typename Traits::Element;
   using Layout = typename Traits::Layout;
   using Shared = DecodeShared<Traits>;
-  using Base::decode, Base::kv_addr, Base::lane, Base::listed, Base::mask, Base::plan, Base::q_addr,
-      Base::taken, Base::thread, Base::warp_row;
+  using Base::entry, Base::kv_addr, Base::lane, Base::listed, Base::mask, Base::plan, Base::q_addr,
+      Base::thread, Base::warp_row;
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kSlotBytes = Shared::kTile * 2;
   static constexpr int kRows = 2;  // of a lane: lane / 4 and lane / 4 + 8 of the warp's 16
@@ -42,7 +42,6 @@ struct PrefixAttnDecode : DecodeMerge<Traits> {
   const int first_key;  // of them, in the tile
   const char *k, *v;    // key 0 of the head
   uint32_t slot;        // of the product that comes next
-  int end = 0;          // of the steps of the walk that are this block's
   bool q_taken = false;
 
   uint32_t q[Traits::kQInRegisters ? Traits::kHeadDim / 16 : 1][4];
@@ -115,10 +114,6 @@ struct PrefixAttnDecode : DecodeMerge<Traits> {
     } else {
       copy.load_all(to, src, this->head_dim());
     }
-  }
-
-  INTERNVL_PTX_FN int32_t entry(int index) const {
-    return ptx::ld_shared<int32_t>(this->shared + offsetof(Shared, list) + index * 4);
   }
 
   // Starts the copy of K or V of the list's entry `index`; behind the last one, an empty group.
@@ -276,13 +271,10 @@ struct PrefixAttnDecode : DecodeMerge<Traits> {
   // A lower bound of every row's lse in natural units, the same in every split: the best scores of
   // the two nearest key tiles. -inf where some row sees none of them, or nothing is to be pruned.
   INTERNVL_PTX_FN float lower_bound(const tile::FwdBlock& block) {
-    if (!(block.cutoff_slope > 0.0f && block.cutoff_slope >= decode.least_slope)) return -INFINITY;
-    const int tiles = block.candidates < 2 ? block.candidates : 2;
-    const auto nearest = [&](int step) {
-      const int place = step < block.left ? block.nearest - step : block.nearest + 1;
-      return place * 8 + tile::kNeedsMask;
-    };
-    for (int i = 0; i < tiles; ++i) load(kv_addr() + i * kSlotBytes, k, plan.params.k, nearest(i));
+    const int tiles = this->bound_tiles(block);
+    if (tiles == 0) return -INFINITY;
+    for (int i = 0; i < tiles; ++i)
+      load(kv_addr() + i * kSlotBytes, k, plan.params.k, this->bound_entry(block, i));
     ptx::cp_async_commit_group();
     ptx::cp_async_wait_group<0>();
     ptx::sync_threads();
@@ -293,9 +285,9 @@ struct PrefixAttnDecode : DecodeMerge<Traits> {
       uint32_t seen[kRows];
       float largest[kRows];
       slot = kv_addr() + i * kSlotBytes;
-      see_keys(nearest(i), seen);
+      see_keys(this->bound_entry(block, i), seen);
       qk_gemm();
-      mask_and_bias(nearest(i), seen);
+      mask_and_bias(this->bound_entry(block, i), seen);
       find_max(largest);
       INTERNVL_UNROLL
       for (int r = 0; r < kRows; ++r) best[r] = ptx::fmax(best[r], largest[r]);
@@ -307,26 +299,8 @@ struct PrefixAttnDecode : DecodeMerge<Traits> {
     return this->team_min(score * tile::kLn2);
   }
 
-  // Fills the list with the next tiles of this block's part of the walk. False: there are none.
-  INTERNVL_PTX_FN bool refill(float lower) {
-    listed = 0;
-    if (taken >= end) return false;
-    const tile::FwdBlock block = tile::load_struct<tile::FwdBlock>(this->block_addr());
-    while (listed == 0 && taken < end) {
-      const int round = end - taken < Traits::kListEntries ? end - taken : Traits::kListEntries;
-      const int32_t found = thread < round ? this->judge(block, taken + thread, lower) : -1;
-      const tile::Place place = tile::team_place<typename Traits::Team>(found >= 0, this->words());
-      if (found >= 0)
-        ptx::st_shared(this->shared + offsetof(Shared, list) + place.index * 4, found);
-      listed = place.count;
-      ptx::sync_threads();
-      taken += round;
-    }
-    return listed > 0;
-  }
-
   INTERNVL_PTX_FN void walk(float lower) {
-    while (refill(lower)) {
+    for (this->next_list(lower); listed > 0; this->next_list(lower)) {
       slot = kv_addr();
       INTERNVL_UNROLL
       for (int i = 0; i < Traits::kSlots / 2; ++i) {
@@ -354,10 +328,9 @@ struct PrefixAttnDecode : DecodeMerge<Traits> {
     }
     float lower;
     {
-      const tile::FwdBlock block = tile::load_struct<tile::FwdBlock>(this->block_addr());
-      taken = static_cast<int>(int64_t{block.candidates} * blockIdx.y / decode.splits);
-      end = static_cast<int>(int64_t{block.candidates} * (blockIdx.y + 1) / decode.splits);
-      lower = taken < end ? lower_bound(block) : -INFINITY;
+      const tile::FwdBlock block = this->block();
+      this->take_share();
+      lower = lower_bound(block);
     }
     walk(lower);
     this->merge(rows, softmax, o);

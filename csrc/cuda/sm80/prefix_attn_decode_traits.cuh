@@ -1,7 +1,7 @@
 // Tile sizes, shared memory and plan of the sm80 decode kernel. Why these numbers: NOTES.md.
 #pragma once
 
-#include "cuda/tile/attn_fwd_schedule.cuh"
+#include "cuda/tile/attn_decode_schedule.cuh"
 
 namespace internvl::sm80 {
 
@@ -41,17 +41,8 @@ struct PrefixAttnDecodeTraits {
   }
 };
 
-constexpr int kMaxSplits = 128;
-
-struct DecodePlan {
-  tile::FwdPlan fwd;
-  int row_warps = 1;         // warps that hold 16 query rows each; the others share the keys
-  int splits = 1;            // blocks that share the keys of a row tile
-  float least_slope = 0.0f;  // distance pruning is for heads that are at least as steep
-  // Of blocks with their splits side by side; null without splits.
-  float* sums = nullptr;        // [tile][split][kBlockM][kHeadDim]
-  ptx::F32x2* stats = nullptr;  // [tile][kBlockM][split]: reference, row sum
-  uint32_t* tickets = nullptr;  // [tile]: splits that have arrived
+struct DecodePlan : tile::DecodePlan {
+  int row_warps = 1;  // warps that hold 16 query rows each; the others share the keys
 };
 
 template <class Traits>
@@ -69,7 +60,7 @@ struct DecodeShared {
 
   static constexpr int kSumsBytes = Traits::kWarps * 16 * Traits::kPitchFloats * 4;
   static_assert(kSumsBytes <= int(sizeof(kv) + sizeof(q)), "the sums of all warps fit the tiles");
-  static_assert(kMaxSplits * Traits::kBlockM * 4 <= int(sizeof(kv)), "so do the factors");
+  static_assert(tile::kMaxSplits * Traits::kBlockM * 4 <= int(sizeof(kv)), "so do the factors");
 };
 
 }  // namespace internvl::sm80

@@ -1,7 +1,6 @@
 // A consumer of the sm90 forward: a warpgroup with 64 query rows.
 #pragma once
 
-#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/prefix_attn_fwd_producer.cuh"
@@ -92,30 +91,6 @@ struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Trai
 
   INTERNVL_PTX_FN uint32_t q_tile(int n) const {
     return shared + offsetof(Shared, q) + n * QTile::kBytes;
-  }
-
-  // Starts the copy of this thread's part of Q. (Rows of packed heads fit no tensor map.)
-  INTERNVL_PTX_FN void load_q(const tile::FwdRows& rows) const {
-    const View& q = plan.params.q;
-    const char* base = static_cast<const char*>(q.data) + rows.offset(q);
-    for (int i = thread; i < Traits::kBlockM * kChunks; i += Team::kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const int rest = (this->head_dim() - 8 * chunk) * 2;
-      const bool reads = rows.exists(row) && rest > 0;
-      ptx::cp_async_cg_16(q_addr() + Traits::q_offset(row, chunk),
-                          reads ? base + rows.offset(q, row) + 16 * chunk : base,
-                          !reads      ? 0
-                          : rest < 16 ? rest
-                                      : 16);
-    }
-    ptx::cp_async_commit_group();
-  }
-
-  // Q for the products of every consumer.
-  INTERNVL_PTX_FN void wait_for_q() const {
-    ptx::cp_async_wait_group<0>();
-    ptx::fence_proxy_async_shared();
-    Team::sync();
   }
 
   // --- products ---
@@ -308,7 +283,9 @@ struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Trai
   // --- one query tile after the other ---
 
   INTERNVL_PTX_FN void begin_tile() {
-    this->describe_block([&](const tile::FwdRows& rows) { load_q(rows); });
+    this->describe_block([&](const tile::FwdRows& rows) {
+      load_q_rows<Traits>(q_addr(), plan.params.q, rows, this->head_dim());
+    });
     next_list();
   }
 
@@ -316,7 +293,7 @@ struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Trai
     softmax.clear();
     INTERNVL_UNROLL
     for (int r = 0; r < kRows; ++r) each_output(r, [](float& x) { x = 0.0f; });
-    wait_for_q();
+    wait_for_q_rows<Traits>();
     while (listed > 0) {
       walk_list();
       next_list();

@@ -4,59 +4,12 @@
 
 #include "cuda/attn_fwd_plan.cuh"
 #include "cuda/ptx/launch.cuh"
+#include "cuda/sm90/key_maps.cuh"
 #include "cuda/sm90/prefix_attn_fwd.h"
 #include "cuda/sm90/prefix_attn_fwd_kernel.cuh"
 
 namespace internvl::sm90 {
 namespace fwd {
-
-// A [batch, seqlen, heads, head_dim] tensor, of which a copy moves `rows` rows of one panel. Heads
-// or batch rows that share the same memory (stride 0) count as one.
-template <class Tile>
-ptx::TensorMapShape map_shape(const PrefixAttnParams& params, const View& view, int64_t seqlen,
-                              int64_t heads, int rows) {
-  ptx::TensorMapShape shape;
-  shape.type =
-      params.dtype == DType::kBFloat16 ? ptx::TensorMapType::kBf16 : ptx::TensorMapType::kFp16;
-  const int64_t sizes[] = {params.head_dim, seqlen, view.stride_h == 0 ? 1 : heads,
-                           view.stride_b == 0 ? 1 : params.batch};
-  const int64_t strides[] = {view.stride_s, view.stride_h, view.stride_b};
-  for (int i = 0; i < 4; ++i) shape.sizes[i] = sizes[i];
-  for (int i = 0; i < 3; ++i) shape.byte_strides[i] = 2 * strides[i];
-  shape.box[0] = Tile::kPanel;
-  shape.box[1] = rows;
-  shape.swizzle = Tile::kSwizzle;
-  return shape;
-}
-
-template <class Traits>
-ptx::TensorMapShape key_map_shape(const PrefixAttnParams& params, const View& view) {
-  return map_shape<typename Traits::KvTile>(params, view, params.seqlen_k, params.heads_kv,
-                                            Traits::kBlockN);
-}
-
-template <class Traits>
-LaunchStatus encode_keys(const PrefixAttnParams& params, const View& view, HeadMap* result) {
-  result->head_step = view.stride_h != 0;
-  result->batch_step = view.stride_b != 0;
-  return ptx::encode_tensor_map(view.data, key_map_shape<Traits>(params, view), &result->map);
-}
-
-// Copies K and V into the workspace where no tensor map describes them (plan_fwd copies those whose
-// rows are not aligned).
-template <class Traits>
-LaunchStatus copy_unmapped(cuda::Workspace& workspace, PrefixAttnParams& params, void* stream) {
-  LaunchStatus status;
-  for (View* view : {&params.k, &params.v}) {
-    const bool aligned = cuda::rows_aligned(*view, params.batch, params.seqlen_k, params.heads_kv);
-    if (!status.ok() || !aligned ||
-        ptx::tensor_map_error(view->data, key_map_shape<Traits>(params, *view)).empty())
-      continue;
-    status = cuda::pack_rows(workspace, view, params.batch, params.seqlen_k, params.heads_kv,
-                             params.head_dim, stream);
-  }
-  return status;
-}
 
 // Launches nothing while the workspace only counts.
 template <class Traits>
@@ -70,10 +23,7 @@ template <class Traits>
 LaunchStatus encode_maps(FwdPlan& plan) {
   const PrefixAttnParams& params = plan.params;
   LaunchStatus status;
-  if (params.seqlen_k > 0) {
-    status = encode_keys<Traits>(params, params.k, &plan.k);
-    if (status.ok()) status = encode_keys<Traits>(params, params.v, &plan.v);
-  }
+  if (params.seqlen_k > 0) status = encode_keys<Traits>(params, &plan.k, &plan.v);
   const auto shape =
       map_shape<typename Traits::QTile>(params, params.out, params.seqlen_q, params.heads_q, 64);
   plan.out_mapped = plan.pack == 1 && ptx::tensor_map_error(params.out.data, shape).empty();

@@ -7,18 +7,6 @@
 
 namespace internvl::sm90 {
 
-// A stage of a ring of kStages, and the parity of its barriers' phase.
-template <int kStages>
-struct Stage {
-  uint32_t index = 0, parity = 0;
-
-  INTERNVL_PTX_FN void advance() {
-    if (++index < kStages) return;
-    index = 0;
-    parity ^= 1;
-  }
-};
-
 template <class Traits>
 struct FwdProducer {
   using Shared = FwdShared<Traits>;
@@ -38,28 +26,15 @@ struct FwdProducer {
     const uint32_t rows = shared + offsetof(Shared, block) + offsetof(tile::FwdBlock, rows);
     const int b = ptx::ld_shared<int32_t>(rows + offsetof(tile::FwdRows, b));
     const int head = ptx::ld_shared<int32_t>(rows + offsetof(tile::FwdRows, head_kv));
-    ptx::mbarrier_arrive_expect_tx(full, KvTile::kBytes);
-    INTERNVL_UNROLL
-    for (int panel = 0; panel < KvTile::kPanels; ++panel)
-      ptx::tma_load_4d(to + panel * KvTile::kPanelBytes, &from.map, panel * KvTile::kPanel, j0,
-                       head * from.head_step, b * from.batch_step, full);
+    load_keys<KvTile>(to, from, j0, head, b, full);
   }
 
-  // Zeros in place of the values of keys that no query sees: 0 * NaN would be NaN.
-  INTERNVL_PTX_FN void clear_unseen(uint32_t v, int j0) {
+  INTERNVL_PTX_FN void clear_values(uint32_t v, int j0) {
     ptx::mbarrier_wait_parity(shared + offsetof(Shared, v_landed), landed_parity);
     landed_parity ^= 1;
     const tile::KeyMask mask = tile::load_struct<tile::KeyMask>(shared + offsetof(Shared, block) +
                                                                 offsetof(tile::FwdBlock, mask));
-    INTERNVL_NO_UNROLL
-    for (int row = lane; row < Traits::kBlockN; row += 32) {
-      if (tile::needs_key(mask, j0 + row)) continue;
-      INTERNVL_NO_UNROLL
-      for (int column = 0; column < Traits::kHeadDim; column += 8)
-        ptx::st_shared(v + KvTile::offset(row, column), ptx::U32x4{0, 0, 0, 0});
-    }
-    ptx::fence_proxy_async_shared();
-    ptx::sync_warp();
+    clear_unseen<KvTile>(mask, v, j0);
   }
 
   INTERNVL_PTX_FN void load_tile(int32_t entry) {
@@ -76,7 +51,7 @@ struct FwdProducer {
       load(v, plan.v, j0, clears ? shared + offsetof(Shared, v_landed) : v_full);
     }
     if (clears) {
-      clear_unseen(v, j0);
+      clear_values(v, j0);
       if (lane == 0) ptx::mbarrier_arrive(v_full);
     }
     stage.advance();

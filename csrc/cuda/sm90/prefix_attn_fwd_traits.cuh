@@ -2,12 +2,9 @@
 // numbers: NOTES.md.
 #pragma once
 
-#include "cuda/tile/attn_fwd_schedule.cuh"
-#include "cuda/tile/wgmma_layout.cuh"
+#include "cuda/sm90/fwd_operands.cuh"
 
 namespace internvl::sm90 {
-
-constexpr int kWarpgroup = 128;  // threads
 
 template <class Element_, int kHeadDim_>
 struct PrefixAttnFwdTraits {
@@ -70,12 +67,6 @@ struct FwdShared {
   uint64_t v_landed;
   uint64_t k_full[Traits::kStages], k_empty[Traits::kStages];
   uint64_t v_full[Traits::kStages], v_empty[Traits::kStages];
-};
-
-// A tensor map and how it counts heads and batch rows: 0 where all share the same memory.
-struct HeadMap {
-  ptx::TensorMap map;
-  int head_step, batch_step;
 };
 
 // What the host decided; passed by value.

@@ -7,19 +7,12 @@
 namespace internvl::tile {
 
 template <int kThreadCount, int kFirst = 0, int kBarrier = 0>
-struct Team {
+struct Team : ptx::FixedBarrier<kBarrier, kThreadCount> {
   static_assert(kThreadCount % 32 == 0 && kFirst % 32 == 0, "whole warps");
   static constexpr int kThreads = kThreadCount;
   static constexpr int kWarps = kThreads / 32;
 
   INTERNVL_PTX_FN static int thread() { return static_cast<int>(threadIdx.x) - kFirst; }
-
-  INTERNVL_PTX_FN static void sync() {
-    if constexpr (kBarrier == 0)
-      ptx::sync_threads();
-    else
-      ptx::bar_sync(kBarrier, kThreads);
-  }
 };
 
 }  // namespace internvl::tile

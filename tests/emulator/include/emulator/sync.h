@@ -18,6 +18,16 @@ inline void bar_arrive(int id, int threads, emulator::Site site = emulator::Site
   emulator::collective(emulator::Collective::kBarArrive, &args, site);
 }
 
+template <int kId, int kThreads>
+struct FixedBarrier {
+  static void sync(emulator::Site site = emulator::Site::here()) {
+    if constexpr (kId == 0)
+      sync_threads(site);
+    else
+      bar_sync(kId, kThreads, site);
+  }
+};
+
 inline bool sync_threads_or(bool value, emulator::Site site = emulator::Site::here()) {
   emulator::BarrierArgs args{0, 0, value};
   emulator::collective(emulator::Collective::kBarOr, &args, site);
