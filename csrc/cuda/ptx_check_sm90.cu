@@ -22,7 +22,6 @@ __device__ void multiply_all_ways(float (&d)[kRegisters], ptx::MatrixDescriptor 
   ptx::wgmma_ss<T, 2 * kRegisters, kMajor, kMajor>(d, a, b, kMajor == ptx::Major::kMN);
   ptx::wgmma_rs<T, 2 * kRegisters, kMajor>(d, registers, ptx::advance(b, 32), true);
   ptx::wgmma_commit_group();
-  ptx::wgmma_hold_order<1>();
   ptx::wgmma_wait_group<0>();
   for (float& value : d) ptx::fence_operand(value);
 }

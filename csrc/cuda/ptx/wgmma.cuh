@@ -164,13 +164,6 @@ INTERNVL_PTX_FN void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Keeps the assembler from moving anything across this place: a wait for what has come. N: the
-// groups that are under way.
-template <int N>
-INTERNVL_PTX_FN void wgmma_hold_order() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-
 // Keeps the compiler from moving a use of the register across this place: accumulators after a
 // wait.
 INTERNVL_PTX_FN void fence_operand(float& value) { asm volatile("" : "+f"(value)::"memory"); }

@@ -112,13 +112,13 @@ struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Trai
 
   // --- softmax ---
 
-  // Scores with bias and mask, in base 2, in place of the products. No product is under way.
+  // Scores with bias and mask, in base 2, in place of the products. In the order of the registers,
+  // each with a distance of its own: row by row it takes more of them than there are.
   INTERNVL_PTX_FN void mask_and_bias(int32_t entry, const uint32_t (&seen)[kRows]) {
     const float distance = this->distance_to(this->lane_key(entry)), scale = this->scale_log2();
     const tile::FwdRow rows[kRows] = {this->row(tile_row(0)), this->row(tile_row(1))};
     INTERNVL_UNROLL
     for (int i = 0; i < kBlockN / 2; ++i) {
-      if (i % 8 == 0) ptx::wgmma_hold_order<0>();  // else all biases come first
       const int r = i / 2 % 2, column = i / 4 * 8 + i % 2;
       const float away = distance + static_cast<float>(rows[r].offset - column);
       const float bias = -rows[r].slope_log2 * fabsf(away);
@@ -159,10 +159,10 @@ struct FwdConsumer : tile::FwdScores<FwdConsumer<Traits>, Traits, FwdShared<Trai
   }
 
   // The scores and weights of an entry; unless it is the first of its list, beside the product of
-  // the entry before. (The bias of masked scores leaves no registers for that.)
+  // the entry before, where the registers allow it.
   template <bool kFirst, bool kMasked>
   INTERNVL_PTX_FN void step(int32_t entry) {
-    constexpr bool kBeside = !kFirst && !kMasked;
+    constexpr bool kBeside = !kFirst && (!kMasked || Traits::kMasksBeside);
     uint32_t seen[kRows];
     if constexpr (kMasked) this->see_keys(entry, seen);
     wait_for_k();

@@ -23,6 +23,10 @@ struct PrefixAttnFwdTraits {
   // Warpgroups take turns to start products where softmax takes about as long as they do.
   static constexpr bool kTakesTurns = kHeadDim <= 128;
 
+  // Masked tiles, too, have their softmax beside the product of the tile before: at 64 and 256
+  // there are not the registers for it.
+  static constexpr bool kMasksBeside = kHeadDim > 64 && kHeadDim <= 192;
+
   // Registers per thread: what a block starts with, and how its roles share it.
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;

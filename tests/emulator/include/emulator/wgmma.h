@@ -39,9 +39,6 @@ inline void wgmma_wait_group(emulator::Site site = emulator::Site::here()) {
   emulator::collective(emulator::Collective::kWgmmaWait, &args, site);
 }
 
-template <int N>
-inline void wgmma_hold_order() {}
-
 inline void fence_operand(float&) {}
 inline void fence_operand(uint32_t&) {}
 
