@@ -225,14 +225,7 @@ def is_needed(site, calls):
     return False
 
 
-def test_some_barriers_and_waits_are_needed():
-    every = sites()
-    assert len(every) > 20
-    for site in sorted(every)[::5]:
-        assert is_needed(site, every[site]), site
-
-
-@pytest.mark.slow
 def test_every_barrier_and_wait_is_needed():
     every = sites()
+    assert len(every) > 20
     assert [site for site in sorted(every) if not is_needed(site, every[site])] == []
