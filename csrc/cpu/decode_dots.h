@@ -49,9 +49,7 @@ struct Rows {
   }
 
   INTERNVL_INLINE void prefetch(int64_t j, int64_t end, int64_t head) const {
-    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-    const T* row = data + smaller(j + keys_ahead, end - 1) * stride_s + head * stride_h;
-    for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d);
+    prefetch_row(data + smaller(j + keys_ahead, end - 1) * stride_s + head * stride_h, width);
   }
 
   // Calls body(j, head) for every kKeys-th key and kHeads-th head, in the order of memory.

@@ -49,9 +49,7 @@ struct Upcoming {
         width(plan.params.head_dim) {}
 
   INTERNVL_INLINE void fetch(int64_t count) {
-    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-    for (; count > 0 && rows > 0; --count, --rows, row += stride)
-      for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d);
+    for (; count > 0 && rows > 0; --count, --rows, row += stride) prefetch_row(row, width);
   }
 };
 

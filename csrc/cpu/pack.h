@@ -23,6 +23,16 @@ INTERNVL_INLINE typename Element<kType>::type* mutable_row_of(const View& view, 
   return const_cast<typename Element<kType>::type*>(row_of<kType>(view, b, s, h));
 }
 
+// Rows that are read in turn lie a page or more apart in [B, S, H, D], where the processor
+// prefetches nothing.
+constexpr int64_t kRowsAhead = 8;
+
+template <class T>
+INTERNVL_INLINE void prefetch_row(const T* row, int64_t width) {
+  for (int64_t d = 0; d < width; d += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(row + d);
+}
+
 // Row r of the key tile at j_lo, null when no query sees that key: its slot may hold anything.
 template <DType kType>
 INTERNVL_INLINE auto key_rows(const PrefixAttnParams& params, const uint8_t* used, const View& view,
@@ -85,6 +95,7 @@ INTERNVL_INLINE void pack_rows(const Row& row, int64_t rows, int64_t width, floa
                                float* out) {
   const int64_t stride = row_elements<kOperand>(width);
   for (int64_t r = 0; r < rows; ++r, out += stride) {
+    if (r + kRowsAhead < rows) prefetch_row(row(r + kRowsAhead), width);
     const auto* source = row(r);
     const int64_t whole = whole_elements<kOperand>(source, width);
     const auto scaled = [&](Vec x) __attribute__((always_inline)) {
@@ -106,6 +117,8 @@ INTERNVL_INLINE void pack_column_panels(const Row& row, int64_t rows, int64_t ro
   const int64_t depth = elements<kOperand>(rows_padded);
   for (int64_t e = 0; e < depth; ++e) {
     const int64_t r = e * kStep;
+    for (int64_t i = r + kRowsAhead; i < smallest(r + kRowsAhead + kStep, rows); ++i)
+      prefetch_row(row(i), width);
     const typename Element<kType>::type* first = r < rows ? row(r) : nullptr;
     const typename Element<kType>::type* second = kStep == 2 && r + 1 < rows ? row(r + 1) : nullptr;
     const auto at = [&](int64_t d) __attribute__((always_inline)) {
@@ -140,6 +153,7 @@ INTERNVL_INLINE void pack_row_panels(const Row& row, int64_t rows, int64_t rows_
     const typename Element<kType>::type* source[kLanes];
     int64_t whole = depth;
     for (int i = 0; i < kLanes; ++i) {
+      if (r0 + kLanes + i < rows) prefetch_row(row(r0 + kLanes + i), width);
       source[i] = r0 + i < rows ? row(r0 + i) : nullptr;
       whole = smallest(whole, whole_elements<kOperand>(source[i], width));
     }

@@ -2,15 +2,18 @@
 //
 // Per key tile: S = Q K^T (K packed transposed, softmax_scale * log2(e) folded into Q), the ALiBi
 // bias and the mask on S in place, one online-softmax step in base 2, then acc = acc * alpha + P V.
-// Full tiles run no mask code; in tiles that cross the diagonal only the key columns that some row
-// sees are computed. Under ALiBi the tiles are walked outward from the queries, and those whose
-// weight vanishes are skipped (prune.h). Meaning: semantics.py.
+// Full tiles run no mask code; of partial ones a few rows at a time compute the keys that they see.
+// Under ALiBi the tiles are walked outward from the queries, and those whose weight vanishes are
+// skipped (prune.h). Meaning: semantics.py.
 #pragma once
 
 #include "cpu/softmax.h"
 
 namespace internvl::cpu::INTERNVL_ISA {
 namespace {
+
+constexpr int64_t kGroupRows = 12;  // whole micro-kernels (gemm.h), whose panels stay in the cache
+static_assert(kGroupRows % kRows == 0, "rows left over would run at half speed");
 
 // One key tile of K as row panels and of V as column panels; keys that no query sees become zero
 // rows.
@@ -74,6 +77,10 @@ INTERNVL_INLINE void finish_rows(const FwdPlan& plan, const RowTask& task,
                         task.partial + r * (plan.padded_dim + 2));
     } else {
       const int64_t head = task.head_kv * params.group() + task.head0 + r / task.rows;
+      if (r % task.rows + kRowsAhead < task.rows)
+        prefetch_row(
+            row_of<kType>(params.out, task.b, task.row0 + r % task.rows + kRowsAhead, head),
+            params.head_dim);
       store_out_lse<kType>(params, task.b, task.row0 + r % task.rows, head, acc, row_max, row_sum);
     }
   }
@@ -120,34 +127,66 @@ INTERNVL_INLINE TileOperands tile_operands(const FwdPlan& plan, const RowTask& t
   return {scratch.k_tile, scratch.v_tile};
 }
 
-// One key tile: scores, softmax step, values.
+// Rows [first, first + rows) of a task, which lie at positions [p_lo, p_hi] (of every head), and
+// the keys [j_lo, j_lo + keys) of a tile that some of them see.
+struct RowGroup {
+  int64_t first, rows, p_lo, p_hi, j_lo, keys;
+  bool partial;
+};
+
+// Scores, softmax step, values.
 template <DType kType>
-INTERNVL_INLINE void add_key_tile(const FwdPlan& plan, const RowTask& task, const KeyMask& mask,
-                                  const FwdScratch& scratch, bool partial, int64_t p_lo,
-                                  int64_t tile, int64_t keys) {
+INTERNVL_INLINE void add_keys(const FwdPlan& plan, const KeyMask& mask, const FwdScratch& task,
+                              const TileOperands& operands, const RowGroup& group) {
   constexpr Operand kOperand = kOperandOf<kType>;
   const PrefixAttnParams& params = plan.params;
   const int64_t block_n = plan.keys.block_n;
-  const int64_t j_lo = tile * block_n;
-  const int64_t rows = task.heads * task.rows;
-  const int64_t columns = round_up(keys, kPanel);
+  const int64_t columns = round_up(group.keys, kPanel);
+  const int64_t depth = elements<kOperand>(params.head_dim);
+  const int64_t q_stride = row_elements<kOperand>(params.head_dim);
+  const FwdScratch scratch = from_row(plan, task, group.first, q_stride);
+  const AlibiForm alibi = alibi_form(params.alibi_slopes != nullptr, group.p_lo, group.p_hi,
+                                     group.j_lo, group.j_lo + columns);
+  multiply<kOperand, ALayout::kRowMajor>(group.rows, columns, depth, scratch.q, q_stride,
+                                         operands.k, depth, scratch.s, block_n, false,
+                                         params.softmax_scale * kLog2E);
+  if (group.partial)
+    softmax_tile<kOperand, true>(plan, mask, scratch, alibi, group.rows, group.j_lo, columns);
+  else
+    softmax_tile<kOperand, false>(plan, mask, scratch, alibi, group.rows, group.j_lo, columns);
+  multiply<kOperand, ALayout::kRowMajor>(
+      group.rows, plan.padded_dim, elements<kOperand>(group.keys), scratch.s, block_n, operands.v,
+      elements<kOperand>(block_n), scratch.acc, plan.padded_dim, true);
+}
+
+// One key tile that is not empty. Of a partial one, kGroupRows rows at a time take the keys that
+// they see: at the diagonal that is less than half of what the whole task would.
+template <DType kType>
+INTERNVL_INLINE void add_key_tile(const FwdPlan& plan, const RowTask& task, const KeyMask& mask,
+                                  const FwdScratch& scratch, TileClass tile_class, int64_t p_lo,
+                                  int64_t tile) {
+  const int64_t block_n = plan.keys.block_n, j_lo = tile * block_n, j_hi = j_lo + block_n;
+  const KeyTileSummary* summary = plan.keys.summary(task.b, tile);
+  const int64_t keys = tile_key_end(mask, summary, p_lo + task.rows - 1, j_hi) - j_lo;
   const TileOperands operands = tile_operands<kType>(plan, task, scratch, tile, keys);
   if (operands.k == nullptr) return;
-  const AlibiForm alibi =
-      alibi_form(params.alibi_slopes != nullptr, p_lo, p_lo + task.rows - 1, j_lo, j_lo + columns);
-  const int64_t depth = elements<kOperand>(params.head_dim);
-  multiply<kOperand, ALayout::kRowMajor>(rows, columns, depth, scratch.q,
-                                         row_elements<kOperand>(params.head_dim), operands.k, depth,
-                                         scratch.s, block_n, false, params.softmax_scale * kLog2E);
-  if (partial) {
-    load_key_terms(mask, j_lo, block_n, scratch);
-    softmax_tile<kOperand, true>(plan, mask, scratch, alibi, rows, j_lo, columns);
-  } else {
-    softmax_tile<kOperand, false>(plan, mask, scratch, alibi, rows, j_lo, columns);
+  const bool partial = tile_class == kTilePartial;
+  if (partial) load_key_terms(mask, j_lo, block_n, scratch);
+  if (!partial || task.heads > 1) {
+    const int64_t rows = task.heads * task.rows;
+    return add_keys<kType>(plan, mask, scratch, operands,
+                           {0, rows, p_lo, p_lo + task.rows - 1, j_lo, keys, partial});
   }
-  multiply<kOperand, ALayout::kRowMajor>(rows, plan.padded_dim, elements<kOperand>(keys), scratch.s,
-                                         block_n, operands.v, elements<kOperand>(block_n),
-                                         scratch.acc, plan.padded_dim, true);
+  for (int64_t r = 0; r < task.rows; r += kGroupRows) {
+    RowGroup group = {r, smallest(kGroupRows, task.rows - r), p_lo + r, 0, j_lo, 0, true};
+    group.p_hi = group.p_lo + group.rows - 1;
+    const QuerySegments own = query_segments(mask, group.p_lo, group.p_hi);
+    const TileClass group_class = classify(mask, summary, own, group.p_lo, group.p_hi, j_lo, j_hi);
+    if (group_class == kTileEmpty) continue;
+    group.keys = tile_key_end(mask, summary, group.p_hi, j_hi) - j_lo;
+    group.partial = group_class == kTilePartial;
+    add_keys<kType>(plan, mask, scratch, operands, group);
+  }
 }
 
 // Key tile number `step` of the task's walk: upward, or outward from the tile of the queries, first
@@ -175,8 +214,7 @@ void fwd_row_tile(const FwdPlan& plan, const RowTask& task, float* memory) {
     const KeyTileSummary* summary = plan.keys.summary(task.b, tile);
     const TileClass tile_class = classify(mask, summary, own, p_lo, p_hi, j_lo, j_lo + block_n);
     if (tile_class == kTileEmpty) continue;
-    const int64_t keys = tile_key_end(mask, summary, p_hi, j_lo + block_n) - j_lo;
-    add_key_tile<kType>(plan, task, mask, scratch, tile_class == kTilePartial, p_lo, tile, keys);
+    add_key_tile<kType>(plan, task, mask, scratch, tile_class, p_lo, tile);
   }
   finish_rows<kType>(plan, task, scratch);
 }

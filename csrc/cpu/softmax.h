@@ -48,6 +48,17 @@ INTERNVL_INLINE FwdScratch carve(const FwdPlan& plan, float* memory) {
   return scratch;
 }
 
+// The same without the rows before `first`.
+INTERNVL_INLINE FwdScratch from_row(const FwdPlan& plan, FwdScratch scratch, int64_t first,
+                                    int64_t q_stride) {
+  scratch.q += first * q_stride;
+  scratch.s += first * plan.keys.block_n;
+  scratch.acc += first * plan.padded_dim;
+  scratch.row_sum += first * kLanes;
+  scratch.rows += first;
+  return scratch;
+}
+
 // Flags and segments of the tile as lanes; slots beyond the last key are invalid.
 INTERNVL_INLINE void load_key_terms(const KeyMask& mask, int64_t j_lo, int64_t block_n,
                                     const FwdScratch& scratch) {
