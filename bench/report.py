@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -19,16 +20,26 @@ PEER_COLOURS = {
     "cudnn-causal": "#7a5195",
     "sdpa-efficient": "#d9a441",
     "sdpa-cudnn": "#a05d7a",
+    "hf": "#7a5195",
+    "eager-causal": "#5f6368",
 }
 
 
 def label(row: dict) -> str:
     """A row's name on a plot or in a table."""
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[row["dtype"]]
-    direction = "" if row["direction"] == "forward" else "backward, "
+    direction = "" if row["direction"] == "forward" else f"{row['direction']}, "
     name = "clip + QK norm, " if row["op"] == "clip_qk_layernorm" else ""
     backend = "" if row["backend"] == "cpu" else f", {row['backend']}"
     return f"{name}{row['case']}, {direction}{short}{backend}"
+
+
+def _kind(row: dict) -> str:
+    """Which of the plots of a kind shows a row: the operators, the shapes of real models, or whole models."""
+    if row["op"] == "model":
+        return "models"
+    operators = row["op"] == "clip_qk_layernorm" or row["case"].startswith(("alibi-", "grouped-", "multi-query-"))
+    return "operators" if operators else "shapes"
 
 
 def _axes(width: float, height: float):
@@ -42,9 +53,10 @@ def _axes(width: float, height: float):
     return figure, axes
 
 
-def plot_ratios(data: dict, path: Path) -> bool:
+def plot_ratios(data: dict, path: Path, kind: str = "operators") -> bool:
     """How many times faster than each peer: one group of bars per case, logarithmic."""
-    rows = [r for r in data["rows"] if "study" not in r and any("ratio" in p for p in r["peers"].values())]
+    rows = [r for r in data["rows"] if "study" not in r and _kind(r) == kind]
+    rows = [r for r in rows if any("ratio" in p for p in r["peers"].values())]
     if not rows:
         return False
     peers = dict.fromkeys(name for r in rows for name, found in r["peers"].items() if "ratio" in found)
@@ -59,22 +71,28 @@ def plot_ratios(data: dict, path: Path) -> bool:
         ]
         values = [r["peers"][name]["ratio"] for _, r in places]
         bars = axes.barh(
-            [y for y, _ in places], values, height * 0.92, color=PEER_COLOURS.get(name, MUTED), label=f"over {name}"
+            [y for y, _ in places],
+            [v - 1 for v in values],
+            height * 0.92,
+            left=1,
+            color=PEER_COLOURS.get(name, MUTED),
+            label=f"over {name}",
         )
         axes.bar_label(bars, [f"{v:.1f}" for v in values], fontsize=7, padding=2)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [label(r) for r in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        set_formatter(lambda value, _: f"{value:g}x" if value in (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500) else "")
     axes.set_xlabel("speed-up over what a user would pick instead (right of 1x: ours is faster)")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(peers), frameon=False, fontsize=8)
     return _save(figure, path)
 
 
-def plot_ceiling(data: dict, path: Path) -> bool:
+def plot_ceiling(data: dict, path: Path, kind: str = "operators") -> bool:
     """Share of the machine's own ceiling, measured in the same rounds."""
-    rows = [r for r in data["rows"] if "study" not in r and "share_of_ceiling" in r["ours"]]
+    rows = [r for r in data["rows"] if "study" not in r and _kind(r) == kind and "share_of_ceiling" in r["ours"]]
     if not rows:
         return False
     figure, axes = _axes(9.5, 1.0 + 0.28 * len(rows))
@@ -146,7 +164,14 @@ def _save(figure, path: Path) -> bool:
     return True
 
 
-PLOTS = {"ratios": plot_ratios, "ceiling": plot_ceiling, "growth": plot_growth}
+PLOTS = {
+    "ratios": plot_ratios,
+    "ratios-shapes": functools.partial(plot_ratios, kind="shapes"),
+    "ratios-models": functools.partial(plot_ratios, kind="models"),
+    "ceiling": plot_ceiling,
+    "ceiling-shapes": functools.partial(plot_ceiling, kind="shapes"),
+    "growth": plot_growth,
+}
 
 
 def table(data: dict) -> list[str]:
@@ -203,7 +228,8 @@ def page(data: dict, plots: list[str]) -> str:
     parts = [f"# Measurements: {results.describe(data)}", "", f"Ceilings of the same run: {ceilings}.", ""]
     parts += [
         "Medians of interleaved rounds behind a correctness gate; FLOPs count visible pairs only; spread is the",
-        "interquartile range over the median. Ratios are times of the peer over ours.",
+        "interquartile range over the median. Ratios are times of the peer over ours. Where rows were measured at",
+        "several revisions, the result file says which row at which.",
         "",
     ]
     parts += [f"![{name}]({name})" for name in plots]

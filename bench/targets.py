@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .cases import MODELS
 from .results import ANCHOR
 
 Rows = list[dict]
@@ -48,8 +49,18 @@ def _rows(rows: Rows, device: str, direction: str, **facts) -> Rows:
     return [row for row in rows if matches(row)]
 
 
-def _square(row: dict) -> bool:
-    return row["op"] == "prefix_attn" and row["shape"][1] == row["shape"][2]
+def _stated(row: dict) -> bool:
+    """Was the row measured under the conditions of the targets: self-attention, ALiBi, a prefix of a quarter?"""
+    if row["op"] != "prefix_attn" or "study" in row:
+        return False
+    model, *words = row["case"].split()
+    _, seqlen_q, seqlen_k, *_ = row["shape"]
+    return (
+        model in MODELS
+        and bool(MODELS[model].alibi)
+        and {"prefix", f"P{seqlen_k // 4}"} <= set(words)
+        and seqlen_q == seqlen_k
+    )
 
 
 def _share(
@@ -59,9 +70,8 @@ def _share(
         return [
             (row["ours"]["share_of_ceiling"], row["case"])
             for row in _rows(rows, device, direction, dtype=dtype, op="prefix_attn")
-            if _square(row)
+            if _stated(row)
             and row["shape"][1] >= shortest
-            and "study" not in row
             and "share_of_ceiling" in row["ours"]
             and (dim is None or row["shape"][5] == dim)
             and (backend is None or row["backend"] == backend)
@@ -77,9 +87,8 @@ def _over(peer: str, device: str, direction: str, dtype: str, *, lengths=range(1
         return [
             (row["peers"][peer]["ratio"], row["case"])
             for row in _rows(rows, device, direction, dtype=dtype, op="prefix_attn")
-            if _square(row)
+            if _stated(row)
             and row["shape"][1] in lengths
-            and "study" not in row
             and "ratio" in row["peers"].get(peer, {})
             and (dim is None or row["shape"][5] == dim)
             and (backend is None or row["backend"] == backend)

@@ -216,7 +216,13 @@ def test_every_plan_entry_has_its_own_name():
 
 
 def _row(**facts):
-    base = {"case": "c", "op": "prefix_attn", "direction": "forward", "backend": "cpu", "dtype": "float32"}
+    base = {
+        "case": "alibi-d64 prefix S2048 P512",
+        "op": "prefix_attn",
+        "direction": "forward",
+        "backend": "cpu",
+        "dtype": "float32",
+    }
     base |= {"shape": [1, 2048, 2048, 16, 16, 64], "pairs": 100, "peers": {}, "ours": {"median_ms": 1.0, "spread": 0.1}}
     return {**base, **facts}
 
@@ -247,6 +253,15 @@ def test_targets_of_whole_models():
     assert verdicts["attention of prefix LMs"]["value"] == 1.4
     assert verdicts["32 tokens of a model"] | {"value": 1.2, "verdict": "met"} == verdicts["32 tokens of a model"]
     assert "llama" in verdicts["32 tokens of a model"]["case"]
+
+
+def test_targets_judge_rows_under_their_conditions_only():
+    ours = {"median_ms": 1.0, "spread": 0, "share_of_ceiling": 0.1}
+    others = ("alibi-d64 packed S2048", "llava-7b prefix S2048 P576", "alibi-d64 prefix S2048 P1024")
+    judged = targets.judge([_row(case=case, ours=ours) for case in others])
+    assert {v["verdict"] for v in judged} == {"not measured"}
+    judged = targets.judge([_row(ours=ours)])
+    assert next(v for v in judged if v["than"] == "torch.mm")["verdict"] == "missed"
 
 
 def test_growth_target_compares_time_per_pair():
