@@ -27,6 +27,7 @@ SETTINGS = (
     ("alibi-d64", 1024, "prefix", "float32", "forward"),
     ("alibi-d128", 1024, "prefix", "float32", "forward"),
     ("alibi-d128", 1024, "prefix", "bfloat16", "forward"),
+    ("alibi-d128", 2048, "packed", "float32", "forward"),
     ("mpt-30b", 512, "prefix", "float32", "forward"),
     ("alibi-d64", 1024, "prefix", "float32", "backward"),
     ("alibi-d128", 1024, "prefix", "bfloat16", "backward"),
@@ -51,14 +52,15 @@ def attention_case(model: str, seqlen: int, mask: str, dtype: str, direction: st
     }
 
 
-def norm_case(direction: str) -> dict:
+def norm_case(direction: str, dtype: str) -> dict:
     """clip_qk_layernorm of 2048 tokens of MPT-1B, as plain data."""
     case = cases.make_norm("mpt-1b", 2048)
-    weights = {name: torch.randn(case.q_width) for name in ("q_weight", "q_bias", "k_weight", "k_bias")}
-    qkv = torch.randn(case.rows, case.q_width + 2 * case.k_width)
+    kind = {"dtype": getattr(torch, dtype)}
+    weights = {name: torch.randn(case.q_width, **kind) for name in ("q_weight", "q_bias", "k_weight", "k_bias")}
+    qkv = torch.randn(case.rows, case.q_width + 2 * case.k_width, **kind)
     arguments = {"qkv": qkv, "q_width": case.q_width, "k_width": case.k_width, "clip": 6.0, **weights}
     return {
-        "name": f"{direction} clip_qk_layernorm {case.name}",
+        "name": f"{direction} clip_qk_layernorm {case.name} {dtype}",
         "function": "clip_qk_layernorm",
         "direction": direction,
         "leaves": ["qkv"],
@@ -151,7 +153,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--rounds", type=int, default=11, help="calls of each side per case (default: %(default)s)")
     p.add_argument("--match", default="", help="only cases whose name holds this text")
     args = p.parse_args(argv)
-    chosen = [attention_case(*setting) for setting in SETTINGS] + [norm_case(d) for d in ("forward", "backward")]
+    chosen = [attention_case(*setting) for setting in SETTINGS]
+    chosen += [
+        norm_case(direction, dtype) for direction in ("forward", "backward") for dtype in ("float32", "bfloat16")
+    ]
     chosen = [case for case in chosen if args.match in case["name"]]
     if not chosen:
         p.error(f"no case holds {args.match!r}")
